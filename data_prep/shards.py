@@ -1,0 +1,263 @@
+"""The shard format: its only home. Writer, memory-mapped reader, manifest, verification.
+
+A corpus is a folder:
+
+    DIR/manifest.json            what is there, made how, with every file's size and sha256
+    DIR/<source>/train-00000-000.arrow         Arrow IPC streams, one row of `seq_len` tokens a record
+    DIR/<source>/validation-00000-000.arrow
+
+Columns: `input_ids` fixed_size_list<uint16 or uint32>[seq_len]; `document_lengths` list<uint32>, the
+lengths of the pieces of documents in the row, which sum to seq_len. Any Arrow tool reads them; it is the
+stream format, not the file format, since that is what `datasets.Dataset.from_file` memory-maps.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from .config import UserError
+
+FORMAT = "diffullama-shards"
+VERSION = 1
+BATCH_ROWS = 1024  # rows a record batch; constant, so that row access is arithmetic
+SPLITS = ("train", "validation")
+
+
+@dataclass
+class Shard:
+    file: str  # relative to the corpus folder
+    rows: int
+    tokens: int
+    documents: int  # pieces of documents in its rows
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class SourceEntry:
+    name: str
+    weight: float
+    documents: int = 0
+    characters: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # reason: documents
+    tokens: int = 0  # with BOS and EOS; = tokens in rows + remainder
+    remainder: int = 0  # tokens at the ends of units that filled no row
+    train: list[Shard] = field(default_factory=list)
+    validation: list[Shard] = field(default_factory=list)
+
+
+@dataclass
+class Manifest:
+    seq_len: int
+    dtype: str
+    tokenizer: dict  # name, fingerprint, vocab_size, add_bos, add_eos, special_ids
+    recipe: str  # hash of the settings and inputs that decide the bytes
+    sources: list[SourceEntry]
+    format: str = FORMAT
+    version: int = VERSION
+
+    def save(self, directory: Path) -> None:
+        write_atomically(directory / "manifest.json", json.dumps(asdict(self), indent=1).encode() + b"\n")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Manifest":
+        """Raises UserError where there is no manifest, or one of another format."""
+        path = Path(directory) / "manifest.json"
+        if not path.is_file():
+            raise UserError(f"{path} not found: make the corpus with `python -m data_prep prepare CONFIG.yaml`")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON ({error}); prepare the corpus again") from None
+        if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+            found = f"{content.get('format')!r} version {content.get('version')!r}"
+            raise UserError(f"{path}: found format {found}, expected {FORMAT!r} version {VERSION}")
+        for source in content["sources"]:
+            for split in SPLITS:
+                source[split] = [Shard(**shard) for shard in source[split]]
+        content["sources"] = [SourceEntry(**source) for source in content["sources"]]
+        return cls(**content)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file appears whole and on disk, or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sha256_of(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def dtype_for(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def schema(seq_len: int, dtype: str, tokenizer_fingerprint: str) -> pa.Schema:
+    about = {"format": FORMAT, "version": str(VERSION), "tokenizer": tokenizer_fingerprint}
+    ids = pa.list_(getattr(pa, dtype)(), seq_len)
+    fields = [pa.field("input_ids", ids, nullable=False), pa.field("document_lengths", pa.list_(pa.uint32()))]
+    return pa.schema(fields, metadata=about)
+
+
+class ShardWriter:
+    """Writes one shard file under a temporary name; `close` renames it and returns its entry."""
+
+    def __init__(self, directory: Path, file: str, shard_schema: pa.Schema):
+        self.directory, self.file, self.schema = directory, file, shard_schema
+        self.seq_len = shard_schema.field("input_ids").type.list_size
+        self.rows = self.documents = 0
+        self._ids: list[np.ndarray] = []
+        self._lengths: list[np.ndarray] = []
+        self.path = directory / file
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._sink = pa.OSFile(str(self._temporary), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, shard_schema)
+
+    def append(self, ids: np.ndarray, lengths: list[np.ndarray]) -> None:
+        """Rows of ids (rows, seq_len), and each row's document lengths."""
+        self._ids += list(ids)
+        self._lengths += lengths
+        self.rows += len(ids)
+        while len(self._ids) >= BATCH_ROWS:
+            self._flush(BATCH_ROWS)
+
+    def _flush(self, rows: int) -> None:
+        ids, self._ids = self._ids[:rows], self._ids[rows:]
+        lengths, self._lengths = self._lengths[:rows], self._lengths[rows:]
+        id_type, length_type = self.schema.types
+        flat = pa.array(np.concatenate(ids), type=id_type.value_type)
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in lengths])]).astype(np.int32)
+        pieces = pa.array(np.concatenate(lengths), type=length_type.value_type)
+        columns = [
+            pa.FixedSizeListArray.from_arrays(flat, self.seq_len),
+            pa.ListArray.from_arrays(pa.array(offsets), pieces),
+        ]
+        self._writer.write_batch(pa.record_batch(columns, schema=self.schema))
+        self.documents += len(pieces)
+
+    def close(self) -> Shard:
+        if self._ids:
+            self._flush(len(self._ids))
+        self._writer.close()
+        self._sink.close()
+        with open(self._temporary, "rb") as file:
+            os.fsync(file.fileno())
+        digest, size = sha256_of(self._temporary), self._temporary.stat().st_size
+        os.replace(self._temporary, self.path)
+        return Shard(self.file, self.rows, self.rows * self.seq_len, self.documents, size, digest)
+
+    def abandon(self) -> None:
+        self._sink.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class ShardReader:
+    """One memory-mapped shard; `row(i)` copies nothing but the row.
+
+    Raises UserError when the file is not a readable Arrow file.
+    """
+
+    def __init__(self, path: str | Path):
+        try:
+            reader = pa.ipc.open_stream(pa.memory_map(str(path)))
+            batches = list(reader)  # the batches' headers; their rows stay on disk until read
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(
+                f"{path} is not a complete Arrow stream ({str(error).splitlines()[0]}); "
+                "run `python -m data_prep verify` on its corpus, then prepare it again"
+            ) from None
+        self.schema = reader.schema
+        self.rows = sum(batch.num_rows for batch in batches)
+        self._ids = [batch.column(0).flatten().to_numpy() for batch in batches]
+        self._offsets = [batch.column(1).offsets.to_numpy() for batch in batches]
+        self._lengths = [batch.column(1).values.to_numpy() for batch in batches]
+        self.seq_len = self.schema.field("input_ids").type.list_size
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids (seq_len,), document_lengths (documents,)) as views of the file."""
+        batch, i = divmod(index, BATCH_ROWS)
+        begin, end = self._offsets[batch][i], self._offsets[batch][i + 1]
+        return self._ids[batch][i * self.seq_len : (i + 1) * self.seq_len], self._lengths[batch][begin:end]
+
+
+class Rows:
+    """The rows of one split of one source, over all its shards, opened when first read."""
+
+    def __init__(self, directory: Path, shards: list[Shard]):
+        self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
+        self._paths = [directory / shard.file for shard in shards]
+        self._open = lru_cache(maxsize=512)(lambda i: ShardReader(self._paths[i]))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._open(shard).row(index - int(self._starts[shard]))
+
+
+def check(
+    directory: str | Path, hashes: bool = True, contents: bool = False, progress: Callable[[Shard], None] | None = None
+) -> list[str]:
+    """Problems of a corpus against its manifest, one line each, naming the file; empty when all is well.
+
+    Sizes always; sha256 with `hashes`; every row's ids and lengths with `contents`.
+    """
+    directory = Path(directory)
+    manifest = Manifest.load(directory)
+    problems = []
+    for source in manifest.sources:
+        in_rows = sum(shard.tokens for split in SPLITS for shard in getattr(source, split))
+        if source.tokens != in_rows + source.remainder:
+            problems.append(
+                f"source {source.name}: {source.tokens} tokens, but {in_rows} in rows + {source.remainder} remainder"
+            )
+        for shard in source.train + source.validation:
+            problem = _check_shard(directory, manifest, shard, hashes, contents)
+            if problem:
+                problems.append(problem)
+            if progress:
+                progress(shard)
+    return problems
+
+
+def _check_shard(directory: Path, manifest: Manifest, shard: Shard, hashes: bool, contents: bool) -> str | None:
+    path = directory / shard.file
+    if not path.is_file():
+        return f"{path}: missing"
+    if path.stat().st_size != shard.bytes:
+        return f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}; truncated or replaced"
+    if hashes and (found := sha256_of(path)) != shard.sha256:
+        return f"{path}: sha256 {found[:12]}…, the manifest says {shard.sha256[:12]}…; the file was altered"
+    if not contents:
+        return None
+    try:
+        reader = ShardReader(path)
+    except UserError as error:
+        return str(error)
+    expected = schema(manifest.seq_len, manifest.dtype, manifest.tokenizer["fingerprint"])
+    if not reader.schema.equals(expected, check_metadata=True):
+        return f"{path}: its schema differs from the manifest's seq_len, dtype or tokenizer"
+    if reader.rows != shard.rows:
+        return f"{path}: {reader.rows} rows, the manifest says {shard.rows}"
+    for index in range(reader.rows):
+        ids, lengths = reader.row(index)
+        if lengths.sum() != manifest.seq_len or (lengths == 0).any():
+            return f"{path}: row {index}: document lengths sum to {lengths.sum()}, expected {manifest.seq_len}"
+        if ids.max() >= manifest.tokenizer["vocab_size"]:
+            return f"{path}: row {index}: token id {ids.max()} is outside the vocabulary"
+    return None
