@@ -1,0 +1,1 @@
+"""Adapt an autoregressive language model into a masked diffusion one: `deepspeed pretrain/main.py`."""

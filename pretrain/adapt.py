@@ -1,0 +1,128 @@
+"""From a causal language model to a diffusion model with a mask token, before any training.
+
+In: the run configuration's model section. Out: a tokenizer that knows the mask, and the diffusion
+class of the base's architecture with the base's weights.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from transformers import AddedToken, AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from data_prep.config import UserError
+
+from .config import ModelConfig
+from .model import attention
+from .model.modeling_diffullama import diffusion_class
+
+# Settings of known architectures under which head(hidden) are not the logits, or attention is not plain.
+UNSUPPORTED = {
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "logit_scale": None,
+    "logits_scaling": 1,
+}
+
+
+def base_config(model: ModelConfig, seq_len: int) -> PretrainedConfig:
+    """The base's configuration, checked. Raises UserError where it cannot be adapted at `seq_len`."""
+    try:
+        config = AutoConfig.from_pretrained(
+            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.base {model.base!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    for key, expected in model.architecture.items():
+        if getattr(config, key, None) != expected:
+            raise UserError(
+                f"model.base {model.base!r} has {key}={getattr(config, key, None)!r}, "
+                f"but model.architecture says {expected!r}; correct one of them"
+            )
+    check_adaptable(config, seq_len)
+    return config
+
+
+def check_adaptable(config: PretrainedConfig, seq_len: int) -> None:
+    """Raise UserError for an architecture that would not compute what its causal original computes."""
+    try:
+        diffusion_class(type(config))
+    except ValueError as error:
+        raise UserError(f"model.base cannot be adapted: {error}") from None
+    for key, harmless in UNSUPPORTED.items():
+        if getattr(config, key, harmless) not in (harmless, None):
+            raise UserError(f"model.base cannot be adapted: {key}={getattr(config, key)} is not supported")
+    for key in ("max_position_embeddings", "n_positions", "sliding_window"):
+        limit = getattr(config, key, None)
+        if limit is not None and seq_len > limit:
+            raise UserError(f"rows have {seq_len} tokens, but the base has {key}={limit}; prepare shorter rows")
+
+
+def load_tokenizer(model: ModelConfig):
+    """The base's tokenizer as it is, without a mask. Raises UserError."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer in model.base {model.base!r}: {str(error).splitlines()[0]}") from None
+
+
+def add_mask_token(tokenizer, model: ModelConfig) -> int:
+    """Give `tokenizer` its mask token and return the id. Raises UserError for an id outside the vocabulary."""
+    if model.mask_token_id is None:
+        # lstrip: the space before a mask belongs to the word to be found, as in RoBERTa's tokenizer
+        tokenizer.add_special_tokens({"mask_token": AddedToken(model.mask_token, lstrip=True, special=True)})
+        return tokenizer.mask_token_id
+    if not 0 <= model.mask_token_id < len(tokenizer):
+        raise UserError(f"model.mask_token_id is {model.mask_token_id}, the vocabulary has 0 to {len(tokenizer) - 1}")
+    tokenizer.mask_token = tokenizer.convert_ids_to_tokens(model.mask_token_id)
+    return model.mask_token_id
+
+
+def load_model(model: ModelConfig, config: PretrainedConfig, mask_token_id: int, dtype: torch.dtype):
+    """The diffusion model at step 0, partitioned while loading where ZeRO-3 is on.
+
+    A new mask token gets the mean of the other embeddings. Dropout is off: all randomness of a run is
+    the noise, a function of (seed, sample).
+    """
+    for key in vars(config):
+        if key.endswith("dropout") or key.endswith("_pdrop"):
+            setattr(config, key, 0.0)
+    vocabulary = config.vocab_size
+    backend = attention.resolve(model.attention, "bernoulli")
+    loaded = diffusion_class(type(config)).from_pretrained(
+        model.base,
+        config=config,
+        revision=model.revision,
+        dtype=dtype,
+        attn_implementation=attention.IMPLEMENTATIONS[backend],
+        use_safetensors=True,
+    )
+    loaded.config.use_cache = False
+    loaded.config.mask_token_id = mask_token_id
+    if mask_token_id >= vocabulary:
+        loaded.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
+    if model.mask_token_id is None:
+        heads = {id(m): m for m in (loaded.get_input_embeddings(), loaded.get_output_embeddings())}
+        for module in heads.values():
+            _set_row_to_mean(module, mask_token_id)
+    if model.activation_checkpointing:
+        loaded.activation_checkpointing_enable({"use_reentrant": False})
+    return loaded
+
+
+@torch.no_grad()
+def _set_row_to_mean(module: torch.nn.Module, row: int) -> None:
+    """Row `row` of weight (and bias) becomes the mean of the rows before it."""
+    parameters = list(module.parameters(recurse=False))
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    else:
+        gathered = nullcontext()
+    with gathered:
+        for parameter in parameters:
+            if parameter.numel():  # under ZeRO-3 the change of rank 0 is what counts, and reaches all
+                parameter[row] = parameter[:row].float().mean(0).to(parameter.dtype)

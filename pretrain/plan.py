@@ -1,0 +1,92 @@
+"""What a run needs, computed from its configuration alone: `--dry_run`, without launcher, weights or data."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from data_prep.config import UserError
+
+from .config import RunConfig, accumulation_steps, total_steps
+
+GIB = 1 << 30
+
+
+def shape_of(config: RunConfig) -> PretrainedConfig:
+    """The base's configuration: from model.architecture where given, else from the base. Raises UserError."""
+    if config.model.architecture:
+        architecture = dict(config.model.architecture)
+        try:
+            return AutoConfig.for_model(architecture.pop("model_type"), **architecture)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"model.architecture needs a model_type that transformers knows: {error}") from None
+    try:
+        return AutoConfig.from_pretrained(config.model.base, revision=config.model.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the shape of {config.model.base!r} is not known offline: {str(error).splitlines()[0]}; "
+            "give model.architecture"
+        ) from None
+
+
+def parameters(shape: PretrainedConfig) -> int:
+    """Parameters of the causal LM, tied ones once; nothing is allocated."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    return sum(p.numel() for p in model.parameters())
+
+
+def memory_per_rank(
+    count: int, shape: PretrainedConfig, config: RunConfig, ds_config: dict, seq_len: int, world_size: int
+) -> dict[str, float]:
+    """Bytes a rank needs, by use.
+
+    Model states as in "ZeRO" (arXiv 1910.02054), section 3.1: bf16 weights 2, gradients 2, fp32 master,
+    momentum and variance 12 bytes a parameter, or 4, 4 and 8 in fp32; stage 1 divides the last over the
+    ranks, 2 also the gradients, 3 also the weights. Activations as in "Reducing Activation Recomputation"
+    (arXiv 2205.05198), flash attention: 34 L B H bytes a layer in bf16, or 2 L B H and one whole layer
+    with checkpointing. Logits: fp32 values and gradients, and the 16-bit logits, of the masked half.
+    """
+    stage = ds_config["zero_optimization"]["stage"]
+    bf16 = ds_config["bf16"]["enabled"]
+    weights, gradients, optimizer = (2, 2, 12) if bf16 else (4, 4, 8)
+    width, layers = shape.hidden_size, shape.num_hidden_layers
+    tokens = config.train.micro_batch_size * seq_len
+    scale = 1 if bf16 else 2
+    a_layer = 34 * tokens * width * scale
+    saved = layers * 2 * tokens * width * scale + a_layer if config.model.activation_checkpointing else layers * a_layer
+    return {
+        "weights": weights * count / (world_size if stage >= 3 else 1),
+        "gradients": gradients * count / (world_size if stage >= 2 else 1),
+        "optimizer": optimizer * count / (world_size if stage >= 1 else 1),
+        "activations": saved,
+        "logits": tokens / 2 * shape.vocab_size * (4 + 4 + 2 * scale),
+    }
+
+
+def describe(config: RunConfig, ds_config: dict, shape: PretrainedConfig, seq_len: int, world_size: int) -> str:
+    """The dry run's page."""
+    count = parameters(shape)
+    steps = total_steps(config, seq_len)
+    per_step = config.train.global_batch_size * seq_len
+    memory = memory_per_rank(count, shape, config, ds_config, seq_len, world_size)
+    offload = ds_config["zero_optimization"].get("offload_optimizer")
+    accumulation = accumulation_steps(config, world_size)
+    annealing = config.annealing
+    lines = [
+        f"run            {config.run_dir}",
+        f"model          {config.model.base}: {count / 1e6:,.1f}M parameters, {shape.num_hidden_layers} layers × "
+        f"{shape.hidden_size}, vocabulary {shape.vocab_size:,}",
+        f"rows           {seq_len} tokens",
+        f"global batch   {config.train.global_batch_size} rows = {per_step:,} tokens a step: micro-batch "
+        f"{config.train.micro_batch_size} × accumulation {accumulation} × {world_size} rank(s)",
+        f"steps          {steps:,} = {steps * per_step / 1e9:,.2f}B tokens"
+        + (f" (train.tokens ends it before step {config.train.steps:,})" if steps < config.train.steps else ""),
+        f"annealing      {annealing.form}" + (f" over {annealing.steps:,} steps" if annealing.form != "none" else ""),
+        f"learning rate  {config.optimizer.lr:g}, {config.optimizer.schedule}, "
+        f"warm-up {config.optimizer.warmup_steps:,}",
+        f"ZeRO           stage {ds_config['zero_optimization']['stage']}"
+        + (", offloaded to host memory" if offload else "")
+        + f", {'bf16 with fp32 masters' if ds_config['bf16']['enabled'] else 'fp32'}",
+        "memory a rank  " + ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items())
+        + f" → {sum(memory.values()) / GIB:.1f} GiB, buffers and fragmentation not counted",
+    ]  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,175 @@
+"""The loop: batch, forward, backward, step, log, sometimes validate, sometimes save.
+
+In: a checked run configuration and DeepSpeed's. Out: RUN_DIR with metrics and checkpoints. A run that
+stopped continues where its newest checkpoint stands.
+"""
+
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from transformers.integrations import HfDeepSpeedConfig
+
+from . import adapt, checkpoint
+from .config import RunConfig, total_steps
+from .data import StepData, TrainData, step_data
+from .diffusion import annealing_ratio, weighted_loss
+from .model.attention import Visibility
+from .optimization import learning_rate, parameter_groups
+from .telemetry import Telemetry
+from .validation import validate
+
+
+def build_engine(config: RunConfig, base_config, mask_token_id: int, ds_config: dict):
+    """The adapted model under DeepSpeed; ZeRO-3 partitions it while it loads."""
+    zero3 = ds_config["zero_optimization"]["stage"] == 3
+    keep = HfDeepSpeedConfig(ds_config) if zero3 else None  # from_pretrained looks for a living one
+    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+    model = adapt.load_model(config.model, base_config, mask_token_id, dtype)
+    del keep
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model, config.optimizer.weight_decay),
+        config=ds_config,
+    )
+    return engine
+
+
+def visibility_at(config: RunConfig, step: int) -> Visibility:
+    """The annealed attention of a step: the same on all ranks and for all rows."""
+    annealing = config.annealing
+    ratio = 1.0 if annealing.form == "none" else annealing_ratio(step, annealing.steps)
+    return Visibility("full") if ratio >= 1 else Visibility("bernoulli", ratio, (config.train.seed, step))
+
+
+def train_step(
+    engine, config: RunConfig, part: StepData, step: int, lr: float, stop: "StopRequest | bool" = False
+) -> dict[str, float]:
+    """One optimizer step on this rank's part of the global batch; returns metrics of the whole batch.
+
+    `stop` in the metrics is True on all ranks when any rank's `stop` is: they leave the loop together.
+    """
+    world, passes, device = dist.get_world_size(), len(part.batches), engine.device
+    by_masked = config.diffusion.normalize_by == "masked"
+    denominator = part.masked if by_masked else part.maskable
+    state = visibility_at(config, step)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # of nll/t, nll, and ranks that want to stop
+    for batch in part.batches:
+        batch = batch.to(device)
+        nll = engine(
+            input_ids=batch.xt,
+            labels=batch.labels,
+            position_ids=batch.positions,
+            visibility=Visibility(state.form, state.ratio, state.key, batch.documents),
+            reduction="none",
+        ).loss
+        # DeepSpeed averages over ranks and passes; the denominator is already the global batch's
+        engine.backward(weighted_loss(nll, batch.t, denominator) * (world * passes))
+        plain_norm = unpartitioned_norm(engine)
+        engine.step()
+        detached = nll.detach().double()
+        sums[:2] += torch.stack([(detached / batch.t).sum(), detached.sum()])
+    sums[2] = bool(stop)
+    dist.all_reduce(sums)
+    weighted, unweighted, stopping = sums.tolist()
+    return {
+        "loss": weighted / max(denominator, 1),
+        "masked_ce": unweighted / max(part.masked, 1),
+        "lr": lr,
+        "grad_norm": float(engine.get_global_grad_norm() or plain_norm),
+        "anneal_ratio": state.ratio,
+        "stop": stopping > 0,
+    }
+
+
+def unpartitioned_norm(engine) -> torch.Tensor | float:
+    """Norm of the averaged gradients before clipping, which DeepSpeed does not report at stage 0 in fp32."""
+    if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
+        return 0.0
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_config: dict) -> None:
+    """Run to the end, from the newest checkpoint if there is one. All ranks call it together."""
+    stop = StopRequest(config.train.max_minutes)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    shape = config.train
+    data = TrainData(
+        config.data.path,
+        mask_token_id,
+        seed=shape.seed,
+        weights=config.data.weights,
+        isolated=config.data.isolate_documents,
+        eps=config.diffusion.eps,
+    )
+    steps = total_steps(config, data.seq_len)
+    tokens_per_step = shape.global_batch_size * data.seq_len
+    engine = build_engine(config, base_config, mask_token_id, ds_config)
+    special = data.tokenizer["special_ids"]
+    engine.module.config.diffusion = {
+        "shift": True,
+        "eps": config.diffusion.eps,
+        "normalize_by": config.diffusion.normalize_by,
+        "start_token_id": special["bos"] if data.tokenizer["add_bos"] else special["eos"],
+    }
+    if rank == 0:
+        checkpoint.write_run(config, tokenizer, engine.module.config)
+    start = checkpoint.load(engine, config.run_dir)
+    log = Telemetry(config, start, steps, enabled=rank == 0)
+    if start:
+        log.say(f"{config.run_dir}: {'complete at' if start >= steps else 'resuming from'} step {start} of {steps}")
+
+    def validated(step: int) -> dict[str, float]:
+        v = config.validation
+        return validate(engine, data, v.rows, v.times, shape.micro_batch_size, engine.device) if v.rows else {}
+
+    if start == 0:
+        log.log({"step": 0, "tokens": 0, **validated(0)})
+    end = min(steps, start + shape.exit_interval) if shape.exit_interval else steps
+    saved = {"tokens": 0, "dtype": "bf16" if ds_config["bf16"]["enabled"] else "fp32", "corpus": config.data.path}
+
+    with ThreadPoolExecutor(1) as reader:  # the next step's data are read while this one computes
+        sizes = (shape.global_batch_size, shape.micro_batch_size, rank, world)
+        upcoming = reader.submit(step_data, data, start, *sizes)
+        for step in range(start, end):
+            part, upcoming = upcoming.result(), reader.submit(step_data, data, step + 1, *sizes)
+            began = time.perf_counter()
+            metrics = train_step(engine, config, part, step, learning_rate(step, steps, config.optimizer), stop)
+            seconds = time.perf_counter() - began
+            done = step + 1
+            stopping = metrics.pop("stop")
+            record = {"step": done, "tokens": done * tokens_per_step, **metrics}
+            record["tokens_per_second"] = tokens_per_step / seconds
+            if done == steps or (config.validation.every and done % config.validation.every == 0):
+                record |= validated(done)
+            log.log(record)
+            last = done == end or stopping
+            if config.checkpoint.keep and (last or (config.checkpoint.every and done % config.checkpoint.every == 0)):
+                checkpoint.save(engine, config, done, {**saved, "tokens": record["tokens"]})
+            if stopping and done < steps:
+                log.say(f"{stop.reason or 'another rank'} asked to stop; saved step {done} of {steps}")
+                break
+    log.close()
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 or the clock ask for a stop after the step in hand."""
+
+    def __init__(self, max_minutes: float):
+        self.reason = ""
+        self._deadline = time.monotonic() + max_minutes * 60 if max_minutes else float("inf")
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._received)
+
+    def _received(self, number: int, frame) -> None:
+        self.reason = signal.Signals(number).name
+
+    def __bool__(self) -> bool:
+        if not self.reason and time.monotonic() > self._deadline:
+            self.reason = "train.max_minutes"
+        return bool(self.reason)
