@@ -1,0 +1,1 @@
+"""One module a verb: `python -m tools.<verb> --help`."""
