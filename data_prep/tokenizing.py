@@ -24,14 +24,16 @@ def load_tokenizer(name: str, revision: str = "main"):
 
 
 def fingerprint(tokenizer) -> str:
-    """sha256 of what decides ids: vocabulary, merges, normaliser, pre-tokeniser, added tokens.
+    """sha256 of what decides a document's ids: vocabulary, merges, normaliser, pre-tokeniser, added tokens.
 
-    Padding and truncation settings do not enter.
+    Padding and truncation settings do not enter, nor does an added mask token: a diffusion model's
+    tokenizer reads documents as its base's does.
     """
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state.pop("padding", None)
         state.pop("truncation", None)
+        state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] != tokenizer.mask_token]
     else:
         state = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
     return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

@@ -83,13 +83,14 @@ def add_mask_token(tokenizer, model: ModelConfig) -> int:
 def load_model(model: ModelConfig, config: PretrainedConfig, mask_token_id: int, dtype: torch.dtype):
     """The diffusion model at step 0, partitioned while loading where ZeRO-3 is on.
 
-    A new mask token gets the mean of the other embeddings. Dropout is off: all randomness of a run is
-    the noise, a function of (seed, sample).
+    A new mask token gets the mean of the other embeddings; that of a diffusion checkpoint stays.
+    Dropout is off: all randomness of a run is the noise, a function of (seed, sample).
     """
     for key in vars(config):
         if key.endswith("dropout") or key.endswith("_pdrop"):
             setattr(config, key, 0.0)
     vocabulary = config.vocab_size
+    new = model.mask_token_id is None and getattr(config, "mask_token_id", None) != mask_token_id
     backend = attention.resolve(model.attention, "bernoulli")
     loaded = diffusion_class(type(config)).from_pretrained(
         model.base,
@@ -103,7 +104,7 @@ def load_model(model: ModelConfig, config: PretrainedConfig, mask_token_id: int,
     loaded.config.mask_token_id = mask_token_id
     if mask_token_id >= vocabulary:
         loaded.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
-    if model.mask_token_id is None:
+    if new:
         heads = {id(m): m for m in (loaded.get_input_embeddings(), loaded.get_output_embeddings())}
         for module in heads.values():
             _set_row_to_mean(module, mask_token_id)

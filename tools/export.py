@@ -77,7 +77,7 @@ def _checkpoint(run_dir: Path, step: int | None) -> tuple[Path, dict]:
     if found is None:
         there = sorted(f.name for f in (run_dir / "checkpoints").glob("step_*")) or ["none"]
         raise UserError(
-            f"{run_dir} has no checkpoint {'' if step is None else f'of step {step} '}; it has {', '.join(there)}"
+            f"{run_dir} has no checkpoint{'' if step is None else f' of step {step}'}; it has {', '.join(there)}"
         )
     return found
 
