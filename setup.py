@@ -27,6 +27,8 @@ setup(
         "safetensors",
         "sentencepiece",
         "pyarrow>=15",
+        "orjson",
+        "fsspec",
         "zstandard",
         "numpy",
         "omegaconf>=2.4",
@@ -37,7 +39,8 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.6", "liger-kernel"],
         "eval": ["lm-eval>=0.4.9"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "build"],
+        "fast": ["gigatoken-cachefix"],
+        "dev": ["gigatoken-cachefix", "pytest", "pytest-xdist", "hypothesis", "ruff", "build", "setuptools>=77"],
         "demo": ["gguf"],
     },
     entry_points={
@@ -48,5 +51,5 @@ setup(
             "diffullama-generate = tools.generate:main",
         ]
     },
-    classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
+    classifiers=["Programming Language :: Python :: 3"],
 )

@@ -13,7 +13,8 @@ from conftest import ROOT
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True, check=True).stdout.split()
+    tracked = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(tracked, cwd=ROOT, text=True, capture_output=True, check=True).stdout.split()
     for name in listed:  # a clean copy: building leaves folders behind
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
