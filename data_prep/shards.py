@@ -7,8 +7,9 @@ A corpus is a folder:
     DIR/<source>/validation-00000-000.arrow
 
 Columns: `input_ids` fixed_size_list<uint16 or uint32>[seq_len]; `document_lengths` list<uint32>, the
-lengths of the pieces of documents in the row, which sum to seq_len. Any Arrow tool reads them; it is the
-stream format, not the file format, since that is what `datasets.Dataset.from_file` memory-maps.
+lengths of the pieces of documents in the row; where they sum to less than seq_len, the rest is padding.
+Any Arrow tool reads them; it is the stream format, not the file format, since that is what
+`datasets.Dataset.from_file` memory-maps.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from .config import UserError
+from .packing import Rows as PackedRows
 
 FORMAT = "diffullama-shards"
 VERSION = 1
@@ -46,18 +48,33 @@ class SourceEntry:
     weight: float
     documents: int = 0
     characters: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)  # reason: documents
-    tokens: int = 0  # with BOS and EOS; = tokens in rows + remainder
+    bytes: int = 0  # of text, as UTF-8
+    bad: dict[str, int] = field(default_factory=dict)  # documents that could not be used, by reason
+    filtered: dict[str, int] = field(default_factory=dict)  # documents that were not wanted, by reason
+    damaged: list[str] = field(default_factory=list)  # files that could not be read to their end
+    tokens: int = 0  # with BOS and EOS; = tokens in rows - padding + remainder
     remainder: int = 0  # tokens at the ends of units that filled no row
+    padding: int = 0  # tokens of rows that hold no document
     train: list[Shard] = field(default_factory=list)
     validation: list[Shard] = field(default_factory=list)
+
+    def accounting(self) -> str | None:
+        """What is wrong when tokens in are not tokens in rows + remainder."""
+        in_rows = sum(shard.tokens for shard in self.train + self.validation)
+        if self.tokens + self.padding == in_rows + self.remainder:
+            return None
+        return (
+            f"source {self.name}: {self.tokens} tokens + {self.padding} padding, but {in_rows} in rows + "
+            f"{self.remainder} remainder"
+        )
 
 
 @dataclass
 class Manifest:
     seq_len: int
     dtype: str
-    tokenizer: dict  # name, fingerprint, vocab_size, add_bos, add_eos, special_ids
+    packing: str
+    tokenizer: dict  # name, fingerprint, vocab_size, add_bos, add_eos, special_ids, engine
     recipe: str  # hash of the settings and inputs that decide the bytes
     sources: list[SourceEntry]
     format: str = FORMAT
@@ -119,29 +136,32 @@ class ShardWriter:
         self.directory, self.file, self.schema = directory, file, shard_schema
         self.seq_len = shard_schema.field("input_ids").type.list_size
         self.rows = self.documents = 0
-        self._ids: list[np.ndarray] = []
-        self._lengths: list[np.ndarray] = []
+        self._waiting: list[PackedRows] = []
+        self._waiting_rows = 0
         self.path = directory / file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = self.path.with_name(self.path.name + ".tmp")
         self._sink = pa.OSFile(str(self._temporary), "wb")
         self._writer = pa.ipc.new_stream(self._sink, shard_schema)
 
-    def append(self, ids: np.ndarray, lengths: list[np.ndarray]) -> None:
-        """Rows of ids (rows, seq_len), and each row's document lengths."""
-        self._ids += list(ids)
-        self._lengths += lengths
-        self.rows += len(ids)
-        while len(self._ids) >= BATCH_ROWS:
+    def append(self, rows: PackedRows) -> None:
+        self._waiting.append(rows)
+        self._waiting_rows += len(rows)
+        self.rows += len(rows)
+        while self._waiting_rows >= BATCH_ROWS:
             self._flush(BATCH_ROWS)
 
-    def _flush(self, rows: int) -> None:
-        ids, self._ids = self._ids[:rows], self._ids[rows:]
-        lengths, self._lengths = self._lengths[:rows], self._lengths[rows:]
+    def _flush(self, count: int) -> None:
+        waiting = self._waiting
+        rows = PackedRows(
+            *(np.concatenate([getattr(r, name) for r in waiting]) for name in ("ids", "lengths", "counts"))
+        )
+        rows, later = rows.split(count)
+        self._waiting, self._waiting_rows = [later], len(later)
         id_type, length_type = self.schema.types
-        flat = pa.array(np.concatenate(ids), type=id_type.value_type)
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in lengths])]).astype(np.int32)
-        pieces = pa.array(np.concatenate(lengths), type=length_type.value_type)
+        flat = pa.array(rows.ids.ravel().astype(id_type.value_type.to_pandas_dtype()))
+        offsets = np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int32)
+        pieces = pa.array(rows.lengths.astype(length_type.value_type.to_pandas_dtype()))
         columns = [
             pa.FixedSizeListArray.from_arrays(flat, self.seq_len),
             pa.ListArray.from_arrays(pa.array(offsets), pieces),
@@ -150,8 +170,8 @@ class ShardWriter:
         self.documents += len(pieces)
 
     def close(self) -> Shard:
-        if self._ids:
-            self._flush(len(self._ids))
+        if self._waiting_rows:
+            self._flush(self._waiting_rows)
         self._writer.close()
         self._sink.close()
         with open(self._temporary, "rb") as file:
@@ -221,11 +241,8 @@ def check(
     manifest = Manifest.load(directory)
     problems = []
     for source in manifest.sources:
-        in_rows = sum(shard.tokens for split in SPLITS for shard in getattr(source, split))
-        if source.tokens != in_rows + source.remainder:
-            problems.append(
-                f"source {source.name}: {source.tokens} tokens, but {in_rows} in rows + {source.remainder} remainder"
-            )
+        if problem := source.accounting():
+            problems.append(problem)
         for shard in source.train + source.validation:
             problem = _check_shard(directory, manifest, shard, hashes, contents)
             if problem:
@@ -256,8 +273,11 @@ def _check_shard(directory: Path, manifest: Manifest, shard: Shard, hashes: bool
         return f"{path}: {reader.rows} rows, the manifest says {shard.rows}"
     for index in range(reader.rows):
         ids, lengths = reader.row(index)
-        if lengths.sum() != manifest.seq_len or (lengths == 0).any():
-            return f"{path}: row {index}: document lengths sum to {lengths.sum()}, expected {manifest.seq_len}"
+        total = int(lengths.sum())
+        if total > manifest.seq_len or (total < manifest.seq_len and manifest.packing == "concat"):
+            return f"{path}: row {index}: document lengths sum to {total}, expected {manifest.seq_len}"
+        if (lengths == 0).any() or total == 0:
+            return f"{path}: row {index}: a document of no tokens"
         if ids.max() >= manifest.tokenizer["vocab_size"]:
             return f"{path}: row {index}: token id {ids.max()} is outside the vocabulary"
     return None

@@ -159,8 +159,12 @@ class TrainData:
         return samples
 
     def _corrupted(self, row: tuple[np.ndarray, np.ndarray], t: float, noise: np.random.Generator) -> Sample:
-        x0, lengths = row[0].astype(np.int64), row[1]
+        x0, lengths = row[0].astype(np.int64), row[1].astype(np.int64)
+        padding = self.seq_len - int(lengths.sum())  # at the end of a row that best_fit could not fill
+        if padding:
+            lengths = np.append(lengths, padding)
         maskable = maskable_positions(lengths, self.isolated)
+        maskable[self.seq_len - padding :] = False
         xt, masked = corrupt(x0, maskable, np.float64(t), noise.random(self.seq_len), self.mask_token_id)
         return Sample(x0, xt, masked, maskable, float(t), lengths)
 

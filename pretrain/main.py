@@ -48,7 +48,8 @@ def fast_dtype() -> str:
 
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # without AMX, bf16 is far slower than fp32
+    return "bf16" if amx is not None and amx() else "fp32"
 
 
 def check_corpus(config: RunConfig, tokenizer) -> shards.Manifest:

@@ -1,6 +1,5 @@
 import gzip
 import json
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,19 +13,25 @@ from data_prep import documents
 from data_prep.config import SourceConfig, UserError
 
 TEXTS = ["one", "zwei\nLinien", "trois é", "four 四"]
-JSONL = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+LANGUAGES = ["en", "de", "fr", "en"]
+JSONL = "".join(json.dumps({"text": t, "lang": lang}) + "\n" for t, lang in zip(TEXTS, LANGUAGES)).encode()
+FORMATS = ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "stream.arrow", "file.arrow"]
 
 
-def read_all(paths: list[Path], unit_bytes: int = 1 << 20, field: str = "text") -> tuple[list[str], Counter]:
-    skipped: Counter = Counter()
-    units = documents.units(SourceConfig("s", [str(p) for p in paths], field), unit_bytes)
-    return [text for unit in units for text in documents.read(unit, skipped)], skipped
+def read_all(paths: list[Path], unit_bytes: int = 1 << 20, **settings) -> tuple[list[str], documents.Tally]:
+    tally, source = documents.Tally(), SourceConfig("s", [str(p) for p in paths], **settings)
+    return [text for unit in documents.units(source, unit_bytes) for text in documents.read(unit, source, tally)], tally
 
 
 def write(folder: Path, name: str) -> Path:
     path = folder / name
+    table = pa.table({"id": range(4), "text": TEXTS, "lang": LANGUAGES})
     if name.endswith(".parquet"):
-        pyarrow.parquet.write_table(pa.table({"id": range(4), "text": TEXTS}), path)
+        pyarrow.parquet.write_table(table, path)
+    elif name.endswith(".arrow"):
+        new = pa.ipc.new_file if name.startswith("file") else pa.ipc.new_stream
+        with new(path, table.schema) as writer:
+            writer.write_table(table)
     elif name.endswith(".gz"):
         path.write_bytes(gzip.compress(JSONL))
     elif name.endswith(".zst"):
@@ -37,24 +42,70 @@ def write(folder: Path, name: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_documents(tmp_path, name):
-    assert read_all([write(tmp_path, name)]) == (TEXTS, Counter())
+    assert read_all([write(tmp_path, name)]) == (TEXTS, documents.Tally())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_filters_and_minimum_length(tmp_path, name):
+    texts, tally = read_all([write(tmp_path, name)], filters={"lang": ["en", "fr"]}, min_characters=5)
+    assert texts == ["trois é", "four 四"]
+    assert tally.filtered == {"shorter than 5 characters": 1, "lang is not wanted": 1} and not tally.bad
+
+
+def test_filters_descend_into_records(tmp_path):
+    lines = [{"text": "a", "meta": {"licence": "MIT"}}, {"text": "b", "meta": {"licence": "GPL"}}, {"text": "c"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    texts, tally = read_all([tmp_path / "a.jsonl"], filters={"meta.licence": ["MIT"]})
+    assert texts == ["a"] and tally.filtered == {"meta.licence is not wanted": 2}
+
+
+def test_folders_lists_globs_and_urls(tmp_path):
+    for name in ("b/2.jsonl", "b/1.jsonl.gz", "b/README.md", "b/deep/3.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path, name)
+    folder, _ = read_all([tmp_path / "b"])
+    assert folder == TEXTS * 3
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"# two of them\n{tmp_path}/b/2.jsonl\n\n{tmp_path}/b/1.jsonl.gz\n")
+    assert read_all([f"@{listing}"])[0] == TEXTS * 2
+    assert read_all([tmp_path / "b" / "**" / "*.jsonl"])[0] == TEXTS
+    for url in (f"file://{tmp_path}/b/2.jsonl", f"file://{tmp_path}/b/deep", f"file://{tmp_path}/b/*.gz"):
+        assert read_all([url], unit_bytes=50)[0] == TEXTS
+
+
+def test_a_saved_hugging_face_dataset(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": TEXTS, "n": range(4)}).save_to_disk(tmp_path / "saved", num_shards=2)
+    assert read_all([tmp_path / "saved"]) == (TEXTS, documents.Tally())
+
+
+def test_an_object_store():
+    """Through fsspec's in-memory file system, which needs no network."""
+    import fsspec
+
+    with fsspec.open("memory://bucket/a.jsonl.gz", "wb") as file:
+        file.write(gzip.compress(JSONL))
+    assert read_all(["memory://bucket/*.gz"])[0] == TEXTS
+    with pytest.raises(UserError, match="nothing"):
+        read_all(["memory://bucket/nothing.jsonl"])
 
 
 def test_text_files_are_one_document_each(tmp_path):
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
-    assert read_all([tmp_path / "*.txt"]) == (TEXTS, Counter())
+    assert read_all([tmp_path / "*.txt"]) == (TEXTS, documents.Tally())
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=20), st.integers(1, 200))
 def test_byte_ranges_give_each_line_once_and_in_order(tmp_path_factory, texts, unit_bytes):
     path = tmp_path_factory.mktemp("ranges") / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    found, skipped = read_all([path], unit_bytes)
-    assert found == [text for text in texts if text.strip()]
-    assert skipped["empty"] == sum(not text.strip() for text in texts)
+    found, tally = read_all([path], unit_bytes)
+    assert found == [text for text in texts if text and not text.isspace()]
+    assert tally.bad["empty"] == sum(not text or text.isspace() for text in texts)
 
 
 def test_what_cannot_be_used_is_counted_by_reason(tmp_path):
@@ -69,9 +120,9 @@ def test_what_cannot_be_used_is_counted_by_reason(tmp_path):
         b"[1]",
     ]
     path.write_bytes(b"\n".join(lines) + b"\n\n")
-    found, skipped = read_all([path])
+    found, tally = read_all([path])
     assert found == ["good"]
-    assert skipped == {
+    assert tally.bad == {
         "text is not a string": 1,
         "empty": 1,
         "no field 'text'": 2,
@@ -80,12 +131,15 @@ def test_what_cannot_be_used_is_counted_by_reason(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_a_truncated_file_is_an_error_that_names_it(tmp_path, name):
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "stream.arrow", "file.arrow"])
+def test_a_truncated_file_is_counted_and_named(tmp_path, name):
+    """What could be read of it is used, and the files after it."""
     path = write(tmp_path, name)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=name):
-        read_all([path])
+    found, tally = read_all([path, write(tmp_path, "good.jsonl")])
+    assert found[-4:] == TEXTS and found[:-4] == TEXTS[: len(found) - 4]
+    assert tally.bad == {"file damaged or cut off": 1}
+    assert len(tally.damaged) == 1 and tally.damaged[0].startswith(str(path))
 
 
 def test_errors_name_what_is_wrong(tmp_path):
@@ -94,7 +148,7 @@ def test_errors_name_what_is_wrong(tmp_path):
     (tmp_path / "a.docx").write_text("x")
     with pytest.raises(UserError, match="unknown kind of file"):
         read_all([tmp_path / "a.docx"])
-    with pytest.raises(UserError, match="no column 'body'; it has id, text"):
-        read_all([write(tmp_path, "a.parquet")], field="body")
+    with pytest.raises(UserError, match="no column 'body'; it has id, text, lang"):
+        read_all([write(tmp_path, "a.parquet")], text_field="body")
     with pytest.raises(UserError, match="named twice"):
         read_all([write(tmp_path, "a.jsonl"), tmp_path / "*.jsonl"])

@@ -1,23 +1,18 @@
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, write_jsonl
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from conftest import write_jsonl
 
-from data_prep import shards, tokenizing
+from data_prep import shards
 from data_prep.__main__ import main
 from data_prep.config import PrepareConfig, SourceConfig, UserError
-from data_prep.prepare import is_validation, prepare
+from data_prep.prepare import prepare
+from data_prep.unit import is_validation
 
 
 def config(folder: Path, tokenizer_dir: Path, paths: list[Path], **settings) -> PrepareConfig:
@@ -61,52 +56,15 @@ def test_rows_are_what_the_tokenizer_gives(tmp_path, tokenizer_dir, tokenizer, t
     assert not (tmp_path / "out" / ".work").exists()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), max_size=8))
-def test_batches_encode_as_single_documents(tokenizer, texts):
-    texts = [text + "<eos>" + text for text in texts]  # look-alikes of special tokens too
-    for text, ids in zip(texts, tokenizing.encode_batch(tokenizer, texts)):
-        assert ids.tolist() == tokenizer.encode(text, add_special_tokens=False)
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="the real GPT-2 and LLaMA-2 tokenizers are not here")
-@pytest.mark.parametrize("name", ["gpt2", "llama2"])
-def test_real_tokenizers(name, tales):
-    tokenizer = tokenizing.load_tokenizer(str(SHARED / "data" / "tokenizers" / name))
-    for text, ids in zip(tales[::10], tokenizing.encode_batch(tokenizer, tales[::10])):
-        assert ids.tolist() == tokenizer.encode(text, add_special_tokens=False)
-
-
 def test_the_number_of_processes_changes_no_byte(tmp_path, tokenizer_dir, tales):
     paths = [write_jsonl(tmp_path / f"{i}.jsonl", tales[i * 20 : i * 20 + 20]) for i in range(3)]
     for workers in (1, 2):
         folder = tmp_path / str(workers)
-        prepare(config(folder, tokenizer_dir, paths, num_workers=workers, validation_fraction=0.1), progress=False)
+        prepare(
+            config(folder, tokenizer_dir, paths, num_workers=workers, unit_mb=0.01, validation_fraction=0.1),
+            progress=False,
+        )
     assert digest(tmp_path / "1") == digest(tmp_path / "2")
-
-
-def test_killed_and_continued_is_the_same_as_never_killed(tmp_path, tokenizer_dir, tales):
-    paths = [write_jsonl(tmp_path / f"{i:02}.jsonl", tales[i * 8 : i * 8 + 8]) for i in range(40)]
-    prepare(config(tmp_path / "whole", tokenizer_dir, paths), progress=False)
-    killed = tmp_path / "killed" / "out"
-    command = [
-        sys.executable, "-m", "data_prep", "prepare", str(tmp_path / "c.yaml"), f"output_dir={killed}",
-    ]  # fmt: skip
-    listed = ", ".join(map(str, paths))
-    (tmp_path / "c.yaml").write_text(
-        f"sources: [{{name: s, paths: [{listed}]}}]\n"
-        f"tokenizer: {tokenizer_dir}\nseq_len: 64\nnum_workers: 1\noutput_dir: x\n"
-    )
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and len(list(killed.glob(".work/*.json"))) < 3:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    finished = {path.name: path.stat().st_mtime_ns for path in killed.glob("s/*.arrow")}
-    assert finished and not (killed / "manifest.json").exists()
-    assert subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode == 0
-    assert digest(killed) == digest(tmp_path / "whole" / "out")
-    kept = sum(finished.get(path.name) == path.stat().st_mtime_ns for path in killed.glob("s/*.arrow"))
-    assert kept >= 2  # finished units were not made again
 
 
 def test_the_same_command_again_does_nothing_and_another_is_refused(tmp_path, tokenizer_dir, tales):

@@ -1,0 +1,228 @@
+"""Things that happen to long runs, done for real."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from conftest import ROOT, SHARED, write_jsonl
+from test_prepare import config, digest
+
+from data_prep import shards, tokenizing, unit
+from data_prep.__main__ import main
+from data_prep.config import UserError, save_config
+from data_prep.prepare import deduplicate, merge, plan, prepare
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, tokenizer_dir, tales):
+    """`job(out, **settings)`: a configuration of 50 units, its YAML, and the bytes of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("faults")
+    path = write_jsonl(folder / "a.jsonl", tales[:200] * 3)
+
+    def make(out: Path, **settings):
+        made = config(
+            out, tokenizer_dir, [path], **{"unit_mb": 0.015, "num_workers": 1, "validation_fraction": 0.1, **settings}
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        save_config(made, out / "config.yaml")
+        return made
+
+    whole = make(folder / "whole")
+    prepare(whole, progress=False)
+    return make, digest(folder / "whole" / "out")
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "data_prep", "prepare", str(folder / "config.yaml"), *more]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_random_moments_ends_with_the_same_bytes(job, tmp_path, workers):
+    """kill -9 of the whole process group, five times a run, each time when a few more units are done."""
+    make, expected = job
+    out = Path(make(tmp_path, num_workers=workers).output_dir)
+    rng, kills = random.Random(workers), 0
+    for _ in range(5):
+        target = len(list(out.glob(".work/*.json"))) + rng.randint(1, 4)
+        with subprocess.Popen(
+            command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            while process.poll() is None and len(list(out.glob(".work/*.json"))) < target:
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.01)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                kills += 1
+        kept = {path: path.stat().st_mtime_ns for path in out.glob(".work/*.json")}
+    assert kills >= 3
+    outcome = subprocess.run(command(tmp_path), cwd=ROOT, check=False, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    assert digest(out) == expected
+    assert kept  # something had been finished before the last run
+
+
+def test_interrupted_says_how_to_go_on(job, tmp_path):
+    make, _ = job
+    small = {"unit_mb": 0.003}  # some 300 units, so that it is not done before the signal comes
+    prepare(make(tmp_path / "whole", **small), progress=False)
+    out = Path(make(tmp_path, **small).output_dir)
+    with subprocess.Popen(
+        command(tmp_path), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        while process.poll() is None and not list(out.glob(".work/*.json")):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "the same command continues" in error
+    assert main(["prepare", str(tmp_path / "config.yaml")]) == 0
+    assert digest(out) == digest(tmp_path / "whole" / "out")
+
+
+def test_any_number_of_tasks_gives_the_same_bytes(job, tmp_path):
+    make, expected = job
+    settings = make(tmp_path)
+    for task in (2, 0, 1):
+        assert prepare(settings, progress=False, task=task, num_tasks=3) is None
+        if task != 1:
+            with pytest.raises(UserError, match=r"of \d+ units are not made yet"):
+                merge(settings)
+    merge(settings)
+    assert digest(tmp_path / "out") == expected
+    assert merge(settings).recipe == shards.Manifest.load(tmp_path / "out").recipe
+    with pytest.raises(UserError, match="task is 3 of num_tasks 3, expected 0 to 2"):
+        prepare(settings, task=3, num_tasks=3)
+
+
+def test_an_unfinished_corpus_is_not_continued_with_other_settings(job, tmp_path):
+    make, _ = job
+    prepare(make(tmp_path), progress=False, task=0, num_tasks=2)
+    with pytest.raises(UserError, match="an unfinished corpus made from other settings or files"):
+        prepare(make(tmp_path, add_bos=True), progress=False, task=1, num_tasks=2)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount the small file system that gets full")
+def test_a_full_disk_is_an_error_and_then_continues(job, tmp_path):
+    make, expected = job
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+    try:
+        settings = make(tmp_path)
+        settings.output_dir = str(disk / "out")
+        save_config(settings, tmp_path / "config.yaml")
+        outcome = subprocess.run(command(tmp_path), cwd=ROOT, check=False, capture_output=True, text=True)
+        errors = [line for line in outcome.stderr.splitlines() if line.startswith("error:")]
+        assert outcome.returncode == 1 and len(errors) == 1 and "No space left on device" in errors[0]
+        assert "the same command continues" in errors[0]
+        assert not list((disk / "out").glob("s/*.tmp")) and not (disk / "out" / "manifest.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        assert subprocess.run(command(tmp_path), cwd=ROOT, check=False, capture_output=True).returncode == 0
+        assert digest(disk / "out") == expected
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+
+
+def test_a_truncated_archive_is_reported_and_limited(tmp_path, tokenizer_dir, tales):
+    import gzip
+
+    good = write_jsonl(tmp_path / "good.jsonl", tales[:99])
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(good.read_bytes())[:-5000])
+    settings = config(tmp_path, tokenizer_dir, [good, cut], max_bad_fraction=0.02)
+    source = prepare(settings, progress=False).sources[0]
+    assert source.bad == {"file damaged or cut off": 1} and "cut.jsonl.gz" in source.damaged[0]
+    assert 99 < source.documents < 198
+    strict = config(tmp_path / "strict", tokenizer_dir, [good, cut], max_bad_fraction=0.001)
+    with pytest.raises(UserError, match=r"1 of \d+ documents cannot be used .* more than max_bad_fraction=0.001"):
+        prepare(strict, progress=False)
+    assert not (tmp_path / "strict" / "out" / "manifest.json").exists()
+
+
+def test_an_engine_that_errs_in_the_run_is_stopped_and_its_unit_made_again(job, tmp_path, monkeypatch, capsys):
+    make, expected = job
+
+    class Late:
+        """Right on the battery and the sample, wrong on documents that come later."""
+
+        name, version = "gigatoken", "0"
+
+        def __init__(self, recipe, parallel=True):
+            self.reference = tokenizing.Reference(recipe)
+
+        def encode(self, texts):
+            ids, lengths = self.reference.encode(texts)
+            return (ids, lengths) if len(texts) > 200 else (np.where(ids == 70, 71, ids), lengths)
+
+    monkeypatch.setattr(tokenizing, "Gigatoken", Late)
+    monkeypatch.setattr(unit, "CHECKED", 1)
+    unit._engine.cache_clear()
+    manifest = prepare(make(tmp_path, engine="auto"), progress=False)
+    unit._engine.cache_clear()
+    assert manifest.tokenizer["engine"] == f"tokenizers {tokenizers.__version__}"
+    shown = capsys.readouterr()
+    assert shown.out.count("warning: gigatoken is not used any more") == 1
+    found = digest(tmp_path / "out")
+    assert {k: v for k, v in found.items() if k != "manifest.json"} == {
+        k: v for k, v in expected.items() if k != "manifest.json"
+    }
+
+
+def test_exact_duplicates_go_wherever_they_stand(tmp_path, tokenizer_dir, tales):
+    """The first of the work list stays; processes, tasks and units change nothing."""
+    texts = [*tales[:30], *tales[10:40], tales[5], tales[5]]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    found = {}
+    for name, workers, tasks in (("one", 1, 1), ("two", 2, 1), ("tasks", 1, 2)):
+        settings = config(
+            tmp_path / name, tokenizer_dir, [path], deduplicate="exact", unit_mb=0.005, num_workers=workers
+        )  # fmt: skip
+        if tasks > 1:
+            with pytest.raises(UserError, match="run `python -m data_prep deduplicate CONFIG` before the tasks"):
+                prepare(settings, progress=False, task=0, num_tasks=2)
+            deduplicate(settings, progress=False)
+            for task in range(tasks):
+                prepare(settings, progress=False, task=task, num_tasks=tasks)
+            manifest = merge(settings)
+        else:
+            manifest = prepare(settings, progress=False)
+        assert manifest.sources[0].documents == 40 and manifest.sources[0].filtered == {"duplicate": 22}
+        found[name] = digest(tmp_path / name / "out")
+    assert found["one"] == found["two"] == found["tasks"]
+    plain = prepare(
+        config(tmp_path / "plain", tokenizer_dir, [write_jsonl(tmp_path / "b.jsonl", tales[:40])]), progress=False
+    )
+    assert plain.sources[0].tokens == manifest.sources[0].tokens
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real corpora are not here")
+@pytest.mark.parametrize("name", ["books", "web_usgov", "python", "tech_peps", "world_factbook"])
+def test_best_fit_fills_rows_of_real_corpora(tmp_path, name):
+    tokenizer = SHARED / "data" / "tokenizers" / "gpt2"
+    path = SHARED / "data" / "corpora" / f"{name}.jsonl.gz"
+    settings = config(
+        tmp_path, tokenizer, [path], packing="best_fit", seq_len=2048, num_workers=1, validation_fraction=0.0
+    )  # fmt: skip
+    manifest = prepare(settings, progress=False)
+    source = manifest.sources[0]
+    in_rows = sum(shard.tokens for shard in source.train + source.validation)
+    assert source.remainder == 0 and source.padding / in_rows < 0.005
+    assert not shards.check(tmp_path / "out", contents=True)
+
+
+def test_a_dry_run_writes_nothing_and_comes_near(job, tmp_path):
+    make, _ = job
+    settings = make(tmp_path)
+    page = plan(settings)
+    assert not (tmp_path / "out").exists()
+    whole = prepare(settings, progress=False).sources[0].tokens
+    estimate = float(page.split("about ")[1].split("M tokens")[0]) * 1e6
+    assert estimate == pytest.approx(whole, rel=0.15)

@@ -1,0 +1,97 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import SHARED
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep import tokenizing
+from data_prep.config import UserError
+
+unicode = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+look_alikes = st.sampled_from(["<eos>", "<bos", " <eos> ", "def f(x):\n\treturn x\n", "\x04", "\r\n", "  ", "'s"])
+documents = st.lists(st.lists(st.one_of(unicode, look_alikes), max_size=6).map("".join), max_size=6)
+
+
+def rows(encoded: tokenizing.Encoded) -> list[list[int]]:
+    ids, lengths = encoded
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(lengths) else []
+
+
+@pytest.mark.parametrize("engine", ["tokenizers", "gigatoken"])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(documents)
+def test_ids_are_those_of_encode(tokenizer, engine, texts):
+    if engine == "gigatoken":
+        pytest.importorskip("gigatoken", reason="gigatoken-cachefix is not installed")
+    encoder, _ = tokenizing.make_engine(tokenizing.recipe_of(tokenizer), engine, [])
+    assert rows(encoder.encode(texts)) == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+@pytest.fixture(scope="session")
+def lacking(tokenizer):
+    """The tokenizer without tokens for three bytes, as SmolLM2's lacks some: `tokenizers` drops them silently."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for character in ("\u0104", "\u011d", "\u00f1"):  # bytes 0x04, 0x1d, 0xf1
+        del state["model"]["vocab"][character]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.sampled_from(["th", "e", "\x04", "\x1d", "\U00040000", " the", "é", "\n"]), max_size=8).map("".join))
+def test_bytes_without_a_token_are_dropped_as_the_reference_drops_them(lacking, text):
+    pytest.importorskip("gigatoken", reason="gigatoken-cachefix is not installed")
+    recipe = tokenizing.recipe_of(lacking)
+    engine, reference = tokenizing.Gigatoken(recipe), tokenizing.Reference(recipe)
+    assert rows(engine.encode(["the", text, ""])) == rows(reference.encode(["the", text, ""]))
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real GPT-2 and LLaMA-2 tokenizers are not here")
+@pytest.mark.parametrize("name", ["gpt2", "llama2"])
+def test_real_tokenizers(name, tales):
+    tokenizer = tokenizing.load_tokenizer(str(SHARED / "data" / "tokenizers" / name))
+    recipe = tokenizing.recipe_of(tokenizer)
+    engine, why = tokenizing.make_engine(recipe, "auto", tales[:50])
+    texts = [*tales[::10], "\n\n".join(tales), *tokenizing.battery(recipe, 200)]  # a long document among them
+    assert rows(engine.encode(texts)) == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    try:
+        import gigatoken  # noqa: F401
+    except ImportError:
+        assert engine.name == "tokenizers" and "not installed" in why
+    else:
+        assert engine.name == "gigatoken"
+
+
+def test_an_engine_that_differs_is_not_used(tokenizer, monkeypatch):
+    class Wrong(tokenizing.Reference):
+        name, version = "gigatoken", "0"
+
+        def __init__(self, recipe, parallel):
+            super().__init__(recipe)
+
+        def encode(self, texts):
+            ids, lengths = super().encode(texts)
+            return np.where(ids == 50, 51, ids), lengths
+
+    monkeypatch.setattr(tokenizing, "Gigatoken", Wrong)
+    recipe = tokenizing.recipe_of(tokenizer)
+    engine, why = tokenizing.make_engine(recipe, "auto", ["plain text"])
+    assert engine.name == "tokenizers" and "gigatoken is not used: its ids differ" in why
+    with pytest.raises(UserError, match=r"engine is gigatoken, but its ids differ from those of tokenizers on"):
+        tokenizing.make_engine(recipe, "gigatoken", [])
+
+
+def test_the_fingerprint_is_of_what_decides_ids(tokenizer_dir):
+    def changed(change) -> str:
+        tokenizer = tokenizing.load_tokenizer(str(tokenizer_dir))
+        change(tokenizer)
+        return tokenizing.fingerprint(tokenizer)
+
+    plain = changed(lambda t: None)
+    assert plain == changed(lambda t: t("x", max_length=9, truncation=True))
+    assert plain == changed(lambda t: t.add_special_tokens({"mask_token": "<|mask|>"}))
+    assert plain != changed(lambda t: t.add_tokens(["hello"]))
