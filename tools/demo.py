@@ -26,8 +26,8 @@ CORPUS = Path("data/demo")
 CONFIG = "pretrain/configs/demo.yaml"
 RANKS = 2
 TOKENS_A_STEP = 8 * 256  # of CONFIG
-TRAIN_SECONDS = 360
-LIMIT_SECONDS = 690  # of everything after installation; what remains is for export and text
+TRAIN_SECONDS = 340
+LIMIT_SECONDS = 630  # of everything after installation; what remains is for export and text
 PROMPTS = [
     "Once upon a time there was a [MASK:6] who lived in a castle with her father the king.",
     "A hungry Wolf met a Lamb [MASK:8] and said to him, “I shall eat you.”",
@@ -112,7 +112,7 @@ def make_plan(run_dir: Path, steps: int | None, began: float) -> dict:
         speed *= 2
     shutil.rmtree(probe)
     # a validation row is read at 4 settings, before and after, at about three times the training speed
-    rows = max(4, min(32, int(speed / 10)))
+    rows = max(4, min(16, int(speed / 12)))
     validation = 2 * rows * 4 * 256 / (3 * speed)
     seconds = min(TRAIN_SECONDS, LIMIT_SECONDS - (time.monotonic() - began) - validation - 90)
     fitting = max(4, int(seconds * speed / TOKENS_A_STEP))

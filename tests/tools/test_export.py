@@ -55,10 +55,19 @@ def alone(checkpoint: Path, ids: torch.Tensor, folder: Path) -> dict[str, torch.
     return torch.load(folder / "out.pt")
 
 
-@pytest.fixture(scope="module", params=[("llama", 3), ("llama_tied", 3), ("gpt2", 2), ("qwen3", 0)], ids=lambda p: p[0])
+TRAINED = [
+    ("llama", 3, "fp32"),
+    ("llama_tied", 3, "bf16"),
+    ("gpt2", 2, "fp32"),
+    ("mistral", 1, "bf16"),
+    ("qwen3", 0, "fp32"),
+]
+
+
+@pytest.fixture(scope="module", params=TRAINED, ids=lambda p: f"{p[0]}-zero{p[1]}-{p[2]}")
 def trained(request, tiny_run):
-    family, stage = request.param
-    arguments, folder = tiny_run(f"export_{family}", family, stage=stage, **{"train.steps": 2})
+    family, stage, dtype = request.param
+    arguments, folder = tiny_run(f"export_{family}", family, stage=stage, **{"train.steps": 2, "model.dtype": dtype})
     outcome = launch(2, arguments)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     return arguments, folder
@@ -86,7 +95,8 @@ def test_the_exported_model_is_the_trained_one(trained, tmp_path):
             logits = model(torch.from_numpy(s.xt)[None]).logits[0].double()
             nll = -logits.log_softmax(-1)[torch.arange(32), torch.from_numpy(s.x0)]
             weighted, count = weighted + nll[torch.from_numpy(s.masked)].sum().item() / s.t, count + s.maskable.sum()
-    assert read_metrics(folder)[-1]["val_nelbo"] == pytest.approx(weighted / count, rel=1e-5)
+    tolerance = 1e-5 if model.dtype == torch.float32 else 0.03  # in bf16 a row alone and in a batch round differently
+    assert read_metrics(folder)[-1]["val_nelbo"] == pytest.approx(weighted / count, rel=tolerance)
 
 
 def arguments_value(arguments: list[str], key: str) -> str:
