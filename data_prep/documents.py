@@ -9,6 +9,7 @@ byte ranges, so one large file is many units; a line belongs to the unit in whic
 files are read whole, small ones several a unit. Text files are one document each.
 """
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -44,6 +45,40 @@ class Unit:
     end: int  # bytes; -1: to the end
     size: int  # bytes on disk, for the progress bar
     fingerprint: str  # of the files' names, sizes, first and last 64 KiB
+
+
+BLOCK = 1 << 22  # bytes of a long text file that are held at once
+LONG = 1 << 24  # bytes; larger text files are not held whole
+
+
+@dataclass(frozen=True)
+class LongText:
+    """A document too long to hold: its length and hash are known, its text is read again in blocks."""
+
+    path: str
+    characters: int
+    bytes: int  # as UTF-8
+    digest: bytes  # as `digest` gives it
+
+    def __len__(self) -> int:
+        return self.characters
+
+    def blocks(self) -> Iterator[str]:
+        """Its text, a few MB at a time."""
+        decode = codecs.getincrementaldecoder("utf-8")().decode
+        with _open(self.path) as file:
+            while content := file.read(BLOCK):
+                yield decode(content)
+
+
+Document = str | LongText
+
+
+def digest(document: Document) -> bytes:
+    """16 bytes that stand for a document's text: they decide its split and find its duplicates."""
+    if isinstance(document, LongText):
+        return document.digest
+    return hashlib.blake2b(document.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 @dataclass
@@ -174,7 +209,7 @@ def recipe(unit: Unit) -> dict:
     return {**asdict(unit), "files": [os.path.basename(name) for name in unit.files]}
 
 
-def read(unit: Unit, source: SourceConfig, tally: Tally) -> Iterator[str]:
+def read(unit: Unit, source: SourceConfig, tally: Tally) -> Iterator[Document]:
     """Yield the unit's documents that pass the source's filters, in order; count the others.
 
     A file that cannot be read to its end gives what could be read, and is named in `tally.damaged`.
@@ -183,9 +218,9 @@ def read(unit: Unit, source: SourceConfig, tally: Tally) -> Iterator[str]:
     for path in unit.files:
         try:
             for text, record in readers[kind(path)](path, unit, source, tally):
-                if not isinstance(text, str):
+                if not isinstance(text, str | LongText):
                     tally.bad["text is not a string"] += 1
-                elif not text or text.isspace():
+                elif not len(text) or (isinstance(text, str) and text.isspace()):
                     tally.bad["empty"] += 1
                 elif len(text) < source.min_characters:
                     tally.filtered[f"shorter than {source.min_characters} characters"] += 1
@@ -292,11 +327,24 @@ def _is_utf8(line: bytes) -> bool:
 
 def _txt(path: str, unit: Unit, source: SourceConfig, tally: Tally) -> Found:
     with _open(path) as file:
-        content = file.read()
-    try:
-        yield content.decode("utf-8"), {}
-    except UnicodeDecodeError:
-        tally.bad["not UTF-8"] += 1
+        content = file.read(LONG + 1)
+        try:
+            yield (_long(path, content, file) if len(content) > LONG else content.decode("utf-8")), {}
+        except UnicodeDecodeError:
+            tally.bad["not UTF-8"] += 1
+
+
+def _long(path: str, block: bytes, file) -> LongText:
+    """Read to the end for the length and the hash. Raises UnicodeDecodeError."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    found, characters, size = hashlib.blake2b(digest_size=16), 0, 0
+    while block:
+        found.update(block)
+        characters += len(decode(block))
+        size += len(block)
+        block = file.read(BLOCK)
+    decode(b"", final=True)
+    return LongText(path, characters, size, found.digest())
 
 
 def _columns(path: str, names: list[str], source: SourceConfig) -> list[str]:

@@ -49,6 +49,11 @@ class Concat:
         self._lengths: list[np.ndarray] = []
         self.left_over = 0  # tokens added and not yet given out
 
+    @property
+    def room(self) -> int:
+        """Tokens up to the end of the row in hand: a long document given in parts that end there is packed as whole."""
+        return self.seq_len - self.left_over % self.seq_len
+
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         self._ids.append(ids)
         self._lengths.append(lengths)
@@ -77,6 +82,11 @@ class BestFit:
         self._waiting = 0  # tokens in them
         self._full: list[list[np.ndarray]] = []  # rows that are finished
         self._open: list[list[np.ndarray]] = []  # rows with space
+
+    @property
+    def room(self) -> int:
+        """As Concat's: a document's full rows are its own here."""
+        return self.seq_len
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         for document in np.split(ids, np.cumsum(lengths)[:-1]):

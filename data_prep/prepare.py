@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import documents, shards, tokenizing, unit
+from . import deduplication, documents, shards, tokenizing, unit
 from .config import PrepareConfig, UserError, check_prepare
 
 
@@ -79,8 +79,9 @@ def plan(config: PrepareConfig) -> str:
         mine = [u for u in work if u.source == source.name]
         began, texts, tally = time.perf_counter(), [], documents.Tally()
         text_bytes = kept = 0
-        for text in documents.read(mine[0], source, tally):
-            text_bytes += len(text.encode("utf-8", "replace"))
+        for document in documents.read(mine[0], source, tally):
+            text = document if isinstance(document, str) else next(document.blocks())
+            text_bytes += len(text.encode("utf-8", "replace")) if isinstance(document, str) else document.bytes
             if kept < 8 << 20:
                 texts.append(text)
                 kept += len(text.encode("utf-8", "replace"))
@@ -158,7 +159,8 @@ def _same_recipe(directory: Path, recipe: str) -> None:
             f"{directory} holds an unfinished corpus made from other settings or files; "
             "choose another output_dir, or delete that folder first"
         )
-    shards.write_atomically(path, recipe.encode())
+    if not path.exists():
+        shards.write_atomically(path, recipe.encode())
 
 
 @contextmanager
@@ -178,7 +180,8 @@ def _lock(directory: Path, task: int, num_tasks: int):
 
 def _engine_of(config: PrepareConfig, recipe: tokenizing.Recipe, work: list[documents.Unit]):
     source = next(s for s in config.sources if s.name == work[0].source)
-    sample = [text[:20_000] for text in islice(documents.read(work[0], source, documents.Tally()), 200)]
+    found = islice(documents.read(work[0], source, documents.Tally()), 200)
+    sample = [(text if isinstance(text, str) else next(text.blocks()))[:20_000] for text in found]
     return tokenizing.make_engine(recipe, config.engine, sample)
 
 
@@ -197,16 +200,18 @@ def _deduplicate(config: PrepareConfig, work: list[documents.Unit], num_tasks: i
         raise UserError(
             "deduplicate needs all documents: run `python -m data_prep deduplicate CONFIG` before the tasks"
         )
-    todo = [u for u in work if not unit.hashes_path(directory, u).exists()]
-    _map(todo, lambda u: (unit.write_hashes, u, config), config, len(work), "hash documents", progress)
-    removed = unit.choose_unique(work, directory)
+    todo = [u for u in work if not deduplication.hashes_path(directory, u).exists()]
+    _map(todo, lambda u: (deduplication.write_hashes, u, config), config, len(work), "hash documents", progress)
+    removed = deduplication.choose(work, directory)
     for u in work:
-        unit.hashes_path(directory, u).unlink()
+        deduplication.hashes_path(directory, u).unlink()
     shards.write_atomically(done, str(removed).encode())
 
 
 def deduplicate(config: PrepareConfig, progress: bool = True) -> None:
-    """The first pass of `deduplicate: exact` alone, before the tasks of a cluster."""
+    """The first pass of `deduplicate: exact` alone, before the tasks of a cluster; nothing to do for `none`."""
+    if config.deduplicate == "none":
+        return
     _, work, settings = _load(config)
     if _finished(config, work, settings) is None:
         with _lock(Path(config.output_dir), 0, 1):
@@ -345,6 +350,8 @@ def _merge(
         recipe=_recipe(settings, work),
         sources=list(entries.values()),
     )
+    for unfinished in directory.glob("manifest.json.*.tmp"):  # of a process that was killed here
+        unfinished.unlink()
     manifest.save(directory)
     shutil.rmtree(directory / ".work")
     return manifest

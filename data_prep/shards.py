@@ -15,6 +15,7 @@ Any Arrow tool reads them; it is the stream format, not the file format, since t
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -104,8 +105,8 @@ class Manifest:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The file appears whole and on disk, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    """The file appears whole and on disk, or not at all; of several writers, on any machine, the last one's."""
+    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()

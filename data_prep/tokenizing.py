@@ -13,6 +13,7 @@ import hashlib
 import json
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -211,6 +212,45 @@ def difference(engine, reference: Reference, texts: list[str]) -> str | None:
         if not np.array_equal(x, y):
             return f"its ids differ from those of tokenizers on {text[:60]!r}"
     return None
+
+
+# Where a text may be cut so that its parts' ids, end to end, are its own. The matched characters are dropped.
+CUTS = (
+    # GPT-2's and its successors' pre-tokenizers: a word begins with its space, a lone newline ends what is before it
+    re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=[^\W\d_])"),
+    # LLaMA-2's tokenizer puts a space before every text
+    re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])"),
+)
+
+
+def find_cut(recipe: Recipe) -> re.Pattern | None:
+    """The first of CUTS that proves itself on adversarial strings, cut wherever it allows; None: texts stay whole."""
+    reference, rng = Reference(recipe), random.Random(0)
+    strings, words = battery(recipe, 600), ["aZ", "the", "I", "xyz", "tion", "été", "本", "."]
+    texts = [
+        "".join(rng.choice(strings)[:200] + rng.choice(words) + rng.choice(" \n") + rng.choice(words) for _ in range(4))
+        for _ in range(400)
+    ]
+    added = [token["content"] for token in json.loads(recipe.state)["added_tokens"]] if recipe.state else []
+    whole, _ = reference.encode(texts)
+    for cut in CUTS:
+        parts = [part for text in texts for part in cut_text(iter([text]), cut, 1)]
+        if np.array_equal(whole, reference.encode(parts)[0]) and not any(cut.search(token) for token in added):
+            return cut
+    return None
+
+
+def cut_text(blocks: Iterator[str], cut: re.Pattern | None, size: int) -> Iterator[str]:
+    """The text of `blocks` in parts of `size` characters, or as many more as there are up to a place of `cut`."""
+    rest, searched = "", size
+    for block in blocks:
+        rest += block
+        while cut is not None and (found := cut.search(rest, searched)):
+            yield rest[: found.start()]
+            rest, searched = rest[found.end() :], size
+        searched = max(size, len(rest) - 2)
+    if rest:
+        yield rest
 
 
 # fmt: off

@@ -3,7 +3,6 @@
 Runs in a worker process; what it writes depends on the unit and the settings alone.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -13,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from . import documents, shards, tokenizing
+from . import deduplication, documents, shards, tokenizing
 from .config import PrepareConfig, UserError
 from .packing import PACKERS
 
 BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
 CHECKED = 512  # one document in so many is compared with the reference tokenizer
+LONG_CHARACTERS = 1 << 22  # longer documents are tokenised in parts of BATCH_CHARACTERS
 ENOUGH = 1000  # documents of a unit from which on max_bad_fraction is applied to it
 
 
@@ -35,14 +35,19 @@ def record_path(directory: Path, unit: documents.Unit) -> Path:
     return directory / ".work" / f"{unit.source}-{unit.index:05d}.json"
 
 
-def digest(text: str) -> int:
-    """64 bits of a document's text: they decide its split, and whether it is checked."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+def position(document: documents.Document) -> int:
+    """64 bits of a document's hash: they decide its split, and whether it is checked."""
+    return int.from_bytes(documents.digest(document)[:8], "big")
 
 
-def is_validation(text: str, fraction: float) -> bool:
+def is_validation(document: documents.Document, fraction: float) -> bool:
     """Held out by a hash of the text: the same document goes the same way in any corpus."""
-    return digest(text) < fraction * 2**64
+    return position(document) < fraction * 2**64
+
+
+@lru_cache(maxsize=1)
+def _cut(recipe: tokenizing.Recipe):
+    return tokenizing.find_cut(recipe)
 
 
 def process(
@@ -67,51 +72,98 @@ def process(
 def _make(unit: documents.Unit, config: PrepareConfig, recipe: tokenizing.Recipe, engine) -> dict:
     directory = Path(config.output_dir)
     source = next(source for source in config.sources if source.name == unit.source)
-    reference = _engine("tokenizers", recipe)
-    shard_schema = shards.schema(config.seq_len, shards.dtype_for(recipe.size), recipe.fingerprint)
-    bos, eos = recipe.special_ids["bos"], recipe.special_ids["eos"]
-    before, after = int(config.add_bos), int(config.add_eos)
-    threshold = config.validation_fraction * 2**64
-    splits = {name: _Split(unit, name, config, shard_schema, padding_id(recipe)) for name in shards.SPLITS}
-    counts, tally = Counter(), documents.Tally()
-    keep = _kept(directory, unit) if config.deduplicate == "exact" else None
+    maker, tally = _Maker(unit, config, recipe, engine), documents.Tally()
+    found = documents.read(unit, source, tally)
+    if config.deduplicate == "exact":
+        found = deduplication.unique(found, directory, unit, tally)
     try:
-        for texts in _batches(_unique(documents.read(unit, source, tally), keep, tally)):
-            ids, lengths = engine.encode(texts)
-            hashes = np.array([digest(text) for text in texts], dtype=np.uint64)
-            if not isinstance(engine, tokenizing.Reference):
-                _check(texts, ids, lengths, hashes, reference)
-            counts["no tokens"] += int((lengths == 0).sum())
-            ids, lengths = _wrap(ids, lengths, bos, eos, before, after)
-            held_out = hashes < threshold if threshold else np.zeros(len(texts), dtype=bool)
-            in_validation = np.repeat(held_out, lengths)
-            splits["train"].add(ids[~in_validation], lengths[~held_out & (lengths > 0)])
-            if held_out.any():
-                splits["validation"].add(ids[in_validation], lengths[held_out & (lengths > 0)])
-            counts["documents"] += len(texts)
-            counts["characters"] += sum(map(len, texts))
-            counts["bytes"] += sum(
-                len(text) if text.isascii() else len(text.encode("utf-8", "replace")) for text in texts
-            )
-            counts["tokens"] += len(ids)
-        limit(tally.bad, counts["documents"], config.max_bad_fraction, unit.source, at_least=ENOUGH)
-        written = {name: [asdict(shard) for shard in split.finish()] for name, split in splits.items()}
+        for batch in _batches(found):
+            if isinstance(batch, list):
+                maker.add_batch(batch)
+            else:
+                maker.add_long(batch)
+        limit(tally.bad, maker.counts["documents"], config.max_bad_fraction, unit.source, at_least=ENOUGH)
+        written = {name: [asdict(shard) for shard in split.finish()] for name, split in maker.splits.items()}
     except BaseException:
-        for split in splits.values():
+        for split in maker.splits.values():
             split.abandon()
         raise
-    if counts["no tokens"]:
-        tally.filtered["no tokens"] += counts["no tokens"]
+    if maker.counts["no tokens"]:
+        tally.filtered["no tokens"] += maker.counts["no tokens"]
     return {
-        **{name: counts[name] for name in ("documents", "characters", "bytes", "tokens")},
+        **{name: maker.counts[name] for name in ("documents", "characters", "bytes", "tokens")},
         "bad": dict(sorted(tally.bad.items())),
         "filtered": dict(sorted(tally.filtered.items())),
         "damaged": tally.damaged,
-        "remainder": sum(split.packer.left_over for split in splits.values()),
-        "padding": sum(split.padding for split in splits.values()),
+        "remainder": sum(split.packer.left_over for split in maker.splits.values()),
+        "padding": sum(split.padding for split in maker.splits.values()),
         "engine": f"{engine.name} {engine.version}",
         **written,
     }
+
+
+class _Maker:
+    """The documents of one unit on their way into the rows of its two splits, counted."""
+
+    def __init__(self, unit: documents.Unit, config: PrepareConfig, recipe: tokenizing.Recipe, engine):
+        self.engine, self.recipe = engine, recipe
+        self.reference = _engine("tokenizers", recipe)
+        self.checks = not isinstance(engine, tokenizing.Reference)
+        self.fraction = config.validation_fraction
+        self.before = [recipe.special_ids["bos"]] * config.add_bos
+        self.after = [recipe.special_ids["eos"]] * config.add_eos
+        schema = shards.schema(config.seq_len, shards.dtype_for(recipe.size), recipe.fingerprint)
+        self.splits = {name: _Split(unit, name, config, schema, padding_id(recipe)) for name in shards.SPLITS}
+        self.counts: Counter = Counter()
+
+    def add_batch(self, texts: list[str]) -> None:
+        ids, lengths = self.engine.encode(texts)
+        hashes = np.array([position(text) for text in texts], dtype=np.uint64)
+        if self.checks:
+            self._check(texts, ids, lengths, hashes)
+        self.counts["no tokens"] += int((lengths == 0).sum())
+        ids, lengths = _wrap(ids, lengths, self.before, self.after)
+        held_out = hashes < self.fraction * 2**64 if self.fraction else np.zeros(len(texts), dtype=bool)
+        in_validation = np.repeat(held_out, lengths)
+        self.splits["train"].add(ids[~in_validation], lengths[~held_out & (lengths > 0)])
+        if held_out.any():
+            self.splits["validation"].add(ids[in_validation], lengths[held_out & (lengths > 0)])
+        self._count(len(texts), sum(map(len, texts)), sum(map(_size, texts)), len(ids))
+
+    def add_long(self, document: documents.Document) -> None:
+        """One document in parts, so that neither its text nor its ids are held whole."""
+        split = self.splits["validation" if is_validation(document, self.fraction) else "train"]
+        blocks = document.blocks() if isinstance(document, documents.LongText) else _slices(document)
+        tokens = split.add_long(self._encode_parts(blocks))
+        self.counts["no tokens"] += tokens == 0
+        size = document.bytes if isinstance(document, documents.LongText) else _size(document)
+        self._count(1, len(document), size, tokens)
+
+    def _encode_parts(self, blocks: Iterator[str]) -> Iterator[np.ndarray]:
+        begun = False
+        for part in tokenizing.cut_text(blocks, _cut(self.recipe), BATCH_CHARACTERS):
+            ids, lengths = self.engine.encode([part])
+            if self.checks:
+                self._check([part], ids, lengths, np.array([position(part)], dtype=np.uint64))
+            if len(ids) and not begun:
+                begun = True
+                yield np.array(self.before, dtype=np.int64)
+            yield ids.astype(np.int64)
+        if begun:
+            yield np.array(self.after, dtype=np.int64)
+
+    def _count(self, documents: int, characters: int, size: int, tokens: int) -> None:
+        self.counts.update(documents=documents, characters=characters, bytes=size, tokens=tokens)
+
+    def _check(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray, hashes: np.ndarray) -> None:
+        """Compare a sample of the batch, chosen by hash, with the reference. Raises EngineMismatch."""
+        ends = np.cumsum(lengths)
+        for i in np.flatnonzero(hashes % CHECKED == 0):
+            expected, _ = self.reference.encode([texts[i]])
+            if not np.array_equal(ids[ends[i] - lengths[i] : ends[i]], expected):
+                raise EngineMismatch(
+                    f"its ids differ from those of tokenizers on a document that begins {texts[i][:60]!r}"
+                )
 
 
 def padding_id(recipe: tokenizing.Recipe) -> int:
@@ -119,32 +171,32 @@ def padding_id(recipe: tokenizing.Recipe) -> int:
     return next((i for i in (recipe.special_ids["pad"], recipe.special_ids["eos"]) if i is not None), 0)
 
 
-def _wrap(ids, lengths, bos: int, eos: int, before: int, after: int):
-    """Put BOS and EOS around each document that has tokens."""
+def _size(text: str) -> int:
+    """Bytes as UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+
+
+def _slices(text: str) -> Iterator[str]:
+    return (text[start : start + BATCH_CHARACTERS] for start in range(0, len(text), BATCH_CHARACTERS))
+
+
+def _wrap(ids: np.ndarray, lengths: np.ndarray, before: list[int], after: list[int]):
+    """Put `before` and `after`, of one token or none, around each document that has tokens."""
     real = lengths > 0
-    wrapped = lengths + (before + after) * real
-    if before + after == 0 or len(lengths) == 0:
+    wrapped = lengths + (len(before) + len(after)) * real
+    if not before + after or len(lengths) == 0:
         return ids.astype(np.int64), lengths
     out = np.empty(int(wrapped.sum()), dtype=np.int64)
     ends = np.cumsum(wrapped)
     inner = np.ones(len(out), dtype=bool)
     if before:
         starts = (ends - wrapped)[real]
-        out[starts], inner[starts] = bos, False
+        out[starts], inner[starts] = before[0], False
     if after:
         last = ends[real] - 1
-        out[last], inner[last] = eos, False
+        out[last], inner[last] = after[0], False
     out[inner] = ids
     return out, wrapped
-
-
-def _check(texts, ids, lengths, hashes, reference) -> None:
-    """Compare a sample of the batch, chosen by the documents' hashes. Raises EngineMismatch."""
-    ends = np.cumsum(lengths)
-    for i in np.flatnonzero(hashes % CHECKED == 0):
-        expected, _ = reference.encode([texts[i]])
-        if not np.array_equal(ids[ends[i] - lengths[i] : ends[i]], expected):
-            raise EngineMismatch(f"its ids differ from those of tokenizers on a document that begins {texts[i][:60]!r}")
 
 
 def limit(bad: Counter, good: int, limit: float, source: str, at_least: int = 1) -> None:
@@ -157,74 +209,21 @@ def limit(bad: Counter, good: int, limit: float, source: str, at_least: int = 1)
         )
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+def _batches(found: Iterator[documents.Document]) -> Iterator[list[str] | documents.Document]:
+    """Lists of documents of some BATCH_CHARACTERS together; a long document comes alone."""
     batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
+    for document in found:
+        alone = isinstance(document, documents.LongText) or len(document) > LONG_CHARACTERS
+        if not alone:
+            batch.append(document)
+            size += len(document)
+        if batch and (alone or size >= BATCH_CHARACTERS):
             yield batch
             batch, size = [], 0
+        if alone:
+            yield document
     if batch:
         yield batch
-
-
-# Exact de-duplication: every unit's document hashes first, then which documents each unit keeps.
-
-
-def hashes_path(directory: Path, unit: documents.Unit) -> Path:
-    return directory / ".work" / f"{unit.source}-{unit.index:05d}.hashes.npy"
-
-
-def write_hashes(unit: documents.Unit, config: PrepareConfig) -> None:
-    """128-bit hashes of the unit's documents, in order; (documents, 2) uint64."""
-    source = next(source for source in config.sources if source.name == unit.source)
-    found = [
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        for text in documents.read(unit, source, documents.Tally())
-    ]
-    path = hashes_path(Path(config.output_dir), unit)
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        np.save(file, np.frombuffer(b"".join(found), dtype="<u8").reshape(-1, 2))
-    path.with_suffix(".tmp").replace(path)
-
-
-def choose_unique(work: list[documents.Unit], directory: Path, buckets: int = 64) -> int:
-    """Of equal documents keep the first of the work list; writes each unit's choice, returns how many go.
-
-    A bucket of hashes at a time, so that memory holds a part of them.
-    """
-    hashes = [np.load(hashes_path(directory, unit), mmap_mode="r") for unit in work]
-    kept = [np.zeros(len(h), dtype=bool) for h in hashes]
-    for bucket in range(buckets):
-        places = [np.flatnonzero(h[:, 0] % buckets == bucket) for h in hashes]
-        values = np.concatenate([h[place] for h, place in zip(hashes, places)])
-        if not len(values):
-            continue
-        _, first = np.unique(values, axis=0, return_index=True)  # the first of the work list, as np.unique is stable
-        is_first = np.zeros(len(values), dtype=bool)
-        is_first[first] = True
-        for keep, place, part in zip(kept, places, np.split(is_first, np.cumsum([len(p) for p in places])[:-1])):
-            keep[place] = part
-    for unit, keep in zip(work, kept):
-        np.save(_keep_path(directory, unit), keep)
-    return sum(int((~keep).sum()) for keep in kept)
-
-
-def _keep_path(directory: Path, unit: documents.Unit) -> Path:
-    return directory / ".work" / f"{unit.source}-{unit.index:05d}.keep.npy"
-
-
-def _kept(directory: Path, unit: documents.Unit) -> np.ndarray:
-    return np.load(_keep_path(directory, unit))
-
-
-def _unique(texts: Iterator[str], keep: np.ndarray | None, tally: documents.Tally) -> Iterator[str]:
-    for i, text in enumerate(texts):
-        if keep is None or keep[i]:
-            yield text
-        else:
-            tally.filtered["duplicate"] += 1
 
 
 class _Split:
@@ -244,6 +243,21 @@ class _Split:
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         self.packer.add(ids, lengths)
         self._write(self.packer.take())
+
+    def add_long(self, parts: Iterator[np.ndarray]) -> int:
+        """One document whose ids come in parts; the rows are those of `add`. Returns its tokens."""
+        held, tokens = np.zeros(0, dtype=np.int64), 0
+        for ids in parts:
+            tokens += len(ids)
+            held = np.concatenate([held, ids])
+            rest = len(held) - self.packer.room
+            if rest > 0:  # up to the end of a row, where a cut is none, and something for later
+                whole = len(held) - rest + (rest - 1) // self.packer.seq_len * self.packer.seq_len
+                self.add(held[:whole], np.array([whole]))
+                held = held[whole:]
+        if len(held):
+            self.add(held, np.array([len(held)]))
+        return tokens
 
     def finish(self) -> list[shards.Shard]:
         self._write(self.packer.take(last=True))

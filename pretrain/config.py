@@ -54,7 +54,7 @@ class TrainConfig:
     global_batch_size: int = 256  # rows an optimizer step
     micro_batch_size: int = 8  # rows a forward pass of one rank
     exit_interval: int = 0  # save and exit after this many steps of one launch; 0: run to the end
-    max_minutes: float = 0  # save and exit after this many minutes of one launch; 0: no limit
+    max_minutes: float = 0  # validate, save and exit after this many minutes of one launch; 0: no limit
 
 
 @dataclass

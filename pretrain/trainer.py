@@ -22,6 +22,8 @@ from .optimization import learning_rate, parameter_groups
 from .telemetry import Telemetry
 from .validation import validate
 
+STOPS = 2  # kinds of StopRequest
+
 
 def build_engine(config: RunConfig, base_config, mask_token_id: int, ds_config: dict):
     """The adapted model under DeepSpeed; ZeRO-3 partitions it while it loads."""
@@ -46,11 +48,12 @@ def visibility_at(config: RunConfig, step: int) -> Visibility:
 
 
 def train_step(
-    engine, config: RunConfig, part: StepData, step: int, lr: float, stop: "StopRequest | bool" = False
+    engine, config: RunConfig, part: StepData, step: int, lr: float, stop: "StopRequest | int" = 0
 ) -> dict[str, float]:
     """One optimizer step on this rank's part of the global batch; returns metrics of the whole batch.
 
-    `stop` in the metrics is True on all ranks when any rank's `stop` is: they leave the loop together.
+    `stop` in the metrics is not 0 on all ranks when it is on any: they leave the loop together.
+    It is 2 where a signal asks for it, 1 where only the clock does.
     """
     world, passes, device = dist.get_world_size(), len(part.batches), engine.device
     by_masked = config.diffusion.normalize_by == "masked"
@@ -58,7 +61,7 @@ def train_step(
     state = visibility_at(config, step)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # of nll/t, nll, and ranks that want to stop
+    sums = torch.zeros(3 + STOPS, dtype=torch.float64, device=device)  # of nll/t, nll; ranks by why they want to stop
     for batch in part.batches:
         batch = batch.to(device)
         nll = engine(
@@ -74,16 +77,16 @@ def train_step(
         engine.step()
         detached = nll.detach().double()
         sums[:2] += torch.stack([(detached / batch.t).sum(), detached.sum()])
-    sums[2] = bool(stop)
+    sums[2 + int(stop)] = 1
     dist.all_reduce(sums)
-    weighted, unweighted, stopping = sums.tolist()
+    weighted, unweighted, *stopping = sums.tolist()
     return {
         "loss": weighted / max(denominator, 1),
         "masked_ce": unweighted / max(part.masked, 1),
         "lr": lr,
         "grad_norm": float(engine.get_global_grad_norm() or plain_norm),
         "anneal_ratio": state.ratio,
-        "stop": stopping > 0,
+        "stop": max(why for why, ranks in enumerate(stopping) if ranks),
     }
 
 
@@ -145,7 +148,8 @@ def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_conf
             stopping = metrics.pop("stop")
             record = {"step": done, "tokens": done * tokens_per_step, **metrics}
             record["tokens_per_second"] = tokens_per_step / seconds
-            if done == steps or (config.validation.every and done % config.validation.every == 0):
+            by_clock = stopping == StopRequest.CLOCK
+            if done == steps or by_clock or (config.validation.every and done % config.validation.every == 0):
                 record |= validated(done)
             log.log(record)
             last = done == end or stopping
@@ -160,6 +164,8 @@ def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_conf
 class StopRequest:
     """SIGTERM, SIGUSR1 or the clock ask for a stop after the step in hand."""
 
+    CLOCK, SIGNAL = 1, 2
+
     def __init__(self, max_minutes: float):
         self.reason = ""
         self._deadline = time.monotonic() + max_minutes * 60 if max_minutes else float("inf")
@@ -169,7 +175,7 @@ class StopRequest:
     def _received(self, number: int, frame) -> None:
         self.reason = signal.Signals(number).name
 
-    def __bool__(self) -> bool:
+    def __int__(self) -> int:
         if not self.reason and time.monotonic() > self._deadline:
             self.reason = "train.max_minutes"
-        return bool(self.reason)
+        return 0 if not self.reason else self.CLOCK if self.reason == "train.max_minutes" else self.SIGNAL

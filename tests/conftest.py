@@ -1,5 +1,6 @@
 """Small real things for tests: a trained tokenizer, models of four families, a corpus, a launcher."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from slurm_cluster import cluster  # noqa: F401, a fixture
+
+from data_prep.config import PrepareConfig, SourceConfig
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 TALES = ROOT / "data_prep" / "demo" / "tales.jsonl"
 SHARED = ROOT.parent / "shared"
 VOCABULARY = 384
+
+
+def config(folder: Path, tokenizer_dir: Path, paths: list[Path], **settings) -> PrepareConfig:
+    """One source `s` of these files, prepared into folder/out."""
+    source = SourceConfig("s", [str(path) for path in paths])
+    return PrepareConfig([source], str(tokenizer_dir), output_dir=str(folder / "out"), **{"seq_len": 64, **settings})
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """sha256 of every file in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="session")

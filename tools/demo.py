@@ -27,7 +27,7 @@ CONFIG = "pretrain/configs/demo.yaml"
 RANKS = 2
 TOKENS_A_STEP = 8 * 256  # of CONFIG
 TRAIN_SECONDS = 340
-LIMIT_SECONDS = 630  # of everything after installation; what remains is for export and text
+LIMIT_SECONDS = 570  # of everything up to the end of training; what remains of 12 minutes is for export and text
 PROMPTS = [
     "Once upon a time there was a [MASK:6] who lived in a castle with her father the king.",
     "A hungry Wolf met a Lamb [MASK:8] and said to him, “I shall eat you.”",
@@ -114,9 +114,14 @@ def make_plan(run_dir: Path, steps: int | None, began: float) -> dict:
     # a validation row is read at 4 settings, before and after, at about three times the training speed
     rows = max(4, min(16, int(speed / 12)))
     validation = 2 * rows * 4 * 256 / (3 * speed)
-    seconds = min(TRAIN_SECONDS, LIMIT_SECONDS - (time.monotonic() - began) - validation - 90)
+    seconds = min(TRAIN_SECONDS, LIMIT_SECONDS - (time.monotonic() - began) - validation - 40)
     fitting = max(4, int(seconds * speed / TOKENS_A_STEP))
-    plan = {"tokens_per_second": round(speed, 1), "steps": steps or fitting, "validation_rows": rows}
+    plan = {
+        "tokens_per_second": round(speed, 1),
+        "steps": steps or fitting,
+        "validation_rows": rows,
+        "validation_seconds": round(validation / 2, 1),
+    }
     path.write_text(json.dumps(plan))
     minutes = plan["steps"] * TOKENS_A_STEP / speed / 60
     print(f"{speed:.0f} tokens/s: {plan['steps']} steps of {TOKENS_A_STEP} tokens take about {minutes:.1f} minutes")
@@ -134,7 +139,7 @@ def train(run_dir: Path, plan: dict, limited: bool, began: float) -> None:
         f"validation.rows={plan['validation_rows']}",
     ]
     if limited:
-        left = (LIMIT_SECONDS - (time.monotonic() - began)) / 60
+        left = (LIMIT_SECONDS - (time.monotonic() - began) - plan["validation_seconds"]) / 60
         overrides.append(f"train.max_minutes={max(2.0, left):.1f}")
     run("train", train_command(run_dir, *overrides), run_dir / "train.log", show=True)
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from conftest import ROOT, SHARED, write_jsonl
-from test_prepare import config, digest
+from conftest import ROOT, SHARED, config, digest, write_jsonl
 
 from data_prep import shards, tokenizing, unit
 from data_prep.__main__ import main

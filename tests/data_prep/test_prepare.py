@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -6,23 +5,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import config, digest, write_jsonl
 
 from data_prep import shards
 from data_prep.__main__ import main
-from data_prep.config import PrepareConfig, SourceConfig, UserError
+from data_prep.config import UserError
 from data_prep.prepare import prepare
 from data_prep.unit import is_validation
-
-
-def config(folder: Path, tokenizer_dir: Path, paths: list[Path], **settings) -> PrepareConfig:
-    source = SourceConfig("s", [str(path) for path in paths])
-    return PrepareConfig([source], str(tokenizer_dir), output_dir=str(folder / "out"), **{"seq_len": 64, **settings})
-
-
-def digest(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def all_rows(folder: Path, split: str) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -156,6 +156,14 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_run):
     assert [m["step"] for m in read_metrics(folder)] == list(range(stopped + 3))
 
 
+def test_the_clock_ends_a_run_with_a_validation(tiny_run):
+    limits = {"train.max_minutes": 0.001, "optimizer.schedule": "constant"}
+    arguments, folder = tiny_run("clock", **{"train.steps": 100_000, **limits})
+    assert "train.max_minutes asked to stop" in run(2, arguments).stdout
+    last = read_metrics(folder)[-1]
+    assert last["step"] < 100 and last["val_nelbo"] > 0
+
+
 def test_old_checkpoints_go_and_the_newest_stays(tiny_run):
     arguments, folder = tiny_run("keep", **{"checkpoint.every": 1, "checkpoint.keep": 2, "train.steps": 4})
     run(1, arguments, "python")

@@ -1,0 +1,113 @@
+"""Documents far larger than a row are read and tokenised in parts; nothing else about them changes."""
+
+import gzip
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SHARED, config, digest, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep import documents, tokenizing, unit
+from data_prep.config import save_config
+from data_prep.prepare import prepare
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
+def test_in_parts_gives_the_same_bytes(tokenizer_dir, tales, tmp_path, monkeypatch, packing, kind):
+    path = tmp_path / f"book.{kind}"
+    book = "\n\n".join(tales[:60])
+    if kind == "jsonl":
+        write_jsonl(path, [tales[70], book, tales[71], *tales[72:80]])
+    else:
+        path.write_bytes(book.encode() if kind == "txt" else gzip.compress(book.encode()))
+
+    def made(name: str) -> dict[str, str]:
+        settings = config(tmp_path / name, tokenizer_dir, [path], num_workers=1, packing=packing, add_bos=True)
+        prepare(settings, progress=False)
+        return digest(tmp_path / name / "out")
+
+    whole = made("whole")
+    for name, size in (("LONG", 5_000), ("BLOCK", 999)):
+        monkeypatch.setattr(documents, name, size)
+    monkeypatch.setattr(unit, "LONG_CHARACTERS", 5_000)
+    monkeypatch.setattr(unit, "BATCH_CHARACTERS", 1_000)
+    parts = []
+    inner = tokenizing.cut_text
+    monkeypatch.setattr(tokenizing, "cut_text", lambda *a: parts.append(list(inner(*a))) or iter(parts[-1]))
+    assert made("parts") == whole
+    assert len(parts[-1]) > 30 and max(map(len, parts[-1])) < 3_000
+
+
+def test_a_long_file_that_is_not_utf8_is_counted(tokenizer_dir, tales, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "LONG", 5_000)
+    (tmp_path / "good.txt").write_text("\n".join(tales[:30]))
+    (tmp_path / "bad.txt").write_bytes("\n".join(tales[:30]).encode() + b"\xff")
+    (tmp_path / "cut.txt").write_bytes("\n".join(tales[:30]).encode() + "é".encode()[:1])
+    settings = config(
+        tmp_path, tokenizer_dir, [tmp_path / f"{n}.txt" for n in ("good", "bad", "cut")], max_bad_fraction=0.9
+    )
+    assert prepare(settings, progress=False).sources[0].bad == {"not UTF-8": 2}
+
+
+TOKENIZERS = [
+    pytest.param(name, marks=pytest.mark.skipif(not SHARED.exists(), reason="the real tokenizers are not here"))
+    for name in ("gpt2", "llama2")
+]
+
+
+@pytest.mark.parametrize("name", ["small", *TOKENIZERS])
+def test_parts_have_the_ids_of_the_whole(name, tokenizer_dir, tales):
+    folder = tokenizer_dir if name == "small" else SHARED / "data" / "tokenizers" / name
+    recipe = tokenizing.recipe_of(tokenizing.load_tokenizer(str(folder)))
+    cut, reference = tokenizing.find_cut(recipe), tokenizing.Reference(recipe)
+    assert cut is not None
+    pieces = st.one_of(st.sampled_from(tales).map(lambda t: t[:400]), st.sampled_from(tokenizing.battery(recipe, 300)))
+    texts = st.lists(pieces, max_size=8).map("\n".join).map(lambda t: t[:3_000])
+
+    @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+    @given(texts, st.integers(1, 200), st.integers(1, 50))
+    def check(text, size, block):
+        blocks = (text[i : i + block] for i in range(0, len(text), block))
+        parts = list(tokenizing.cut_text(blocks, cut, size))
+        assert all(len(part) >= size for part in parts[:-1])
+        assert reference.encode(parts)[0].tolist() == reference.encode([text])[0].tolist()
+
+    check()
+
+
+def test_a_tokenizer_whose_tokens_cross_words_is_not_cut(tokenizer):
+    tokenizer = tokenizing.load_tokenizer(tokenizer.name_or_path)
+    tokenizer.add_tokens(["new\nline", "a space"])
+    assert tokenizing.find_cut(tokenizing.recipe_of(tokenizer)) is None
+    assert list(tokenizing.cut_text(iter(["a b\nc", "d e"]), None, 2)) == ["a b\ncd e"]
+
+
+PEAK = """
+import resource, sys
+from data_prep.__main__ import main
+assert main(["prepare", sys.argv[1]]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_document(tokenizer_dir, tales, tmp_path):
+    """One text file of 60 MB, then one of 180 MB: the same peak within 40 MB."""
+    peaks = []
+    for megabytes in (60, 180):
+        folder = tmp_path / str(megabytes)
+        folder.mkdir()
+        story = "\n".join(tales[:100])
+        with open(folder / "long.txt", "w") as file:
+            for _ in range(megabytes * 10**6 // len(story)):
+                file.write(story)
+        save_config(
+            config(folder, tokenizer_dir, [folder / "long.txt"], num_workers=1, seq_len=512), folder / "config.yaml"
+        )
+        command = [sys.executable, "-c", PEAK, str(folder / "config.yaml")]
+        outcome = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+        assert outcome.returncode == 0, outcome.stderr
+        peaks.append(int(outcome.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < 40, peaks

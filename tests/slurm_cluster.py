@@ -1,0 +1,157 @@
+"""A Slurm of two nodes on this machine: munged, slurmctld and two slurmd, all in a temporary folder."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=0
+ReturnToService=2
+KillWait=5
+JobRequeue=1
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=2 RealMemory=2000 State=UNKNOWN
+PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+"""
+
+
+class Cluster:
+    """Commands against it; `environment` has SLURM_CONF and this project's Python."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "VENV": os.environ.get("VIRTUAL_ENV", str(ROOT / ".venv")),
+        }
+
+    def run(self, *command: str, **environment: str) -> str:
+        outcome = subprocess.run(
+            command, cwd=ROOT, env={**self.environment, **environment}, text=True, capture_output=True, check=False
+        )
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        return outcome.stdout.strip()
+
+    def submit(self, *arguments: str, **environment: str) -> str:
+        """sbatch; returns the job id. Output goes to the cluster's folder."""
+        output = f"--output={self.folder}/%x-%j.out"
+        return self.run("sbatch", "--parsable", output, *arguments, **environment).split(";")[0]
+
+    def state(self, job: str) -> str:
+        found = self.run("scontrol", "--oneliner", "show", "job", job)
+        return next(word.split("=")[1] for word in found.split() if word.startswith("JobState="))
+
+    def wait(self, job: str, *states: str, seconds: float = 240) -> str:
+        """Until the job is in one of `states`; by default until it has ended."""
+        ended = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+        deadline = time.monotonic() + seconds
+        while (state := self.state(job)) not in ended:
+            assert time.monotonic() < deadline, f"job {job} is {state}\n{self.output(job)}"
+            time.sleep(0.2)
+        return state
+
+    def output(self, job: str) -> str:
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"*-{job}.out")))
+
+
+def _free_ports() -> list[int]:
+    """Three in a row."""
+    for first in range(17_000, 30_000, 10):
+        with socket.socket() as a, socket.socket() as b, socket.socket() as c:
+            try:
+                for n, s in enumerate((a, b, c)):
+                    s.bind(("127.0.0.1", first + n))
+                return [first, first + 1, first + 2]
+            except OSError:
+                continue
+    raise RuntimeError("no free ports")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    missing = [program for program in PROGRAMS if not shutil.which(program)]
+    if missing:
+        pytest.skip(f"Slurm is not here ({', '.join(missing)}): apt-get install slurm-wlm munge")
+    if os.geteuid() != 0:
+        pytest.skip("only root can start a Slurm of its own")
+    folder = tmp_path_factory.mktemp("slurm")
+    folder.chmod(0o755)
+    for name in ("state", "spool-n1", "spool-n2"):
+        (folder / name).mkdir()
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    (folder / "munge.key").chmod(0o400)
+    ports, host = _free_ports(), socket.gethostname().split(".")[0]
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, host=host, ports=ports))
+    cluster = Cluster(folder)
+    munge = ["munged", "--foreground", "--force", "--num-threads=2"]
+    munge += [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "seed", "log")]
+    commands = [
+        [*munge, f"--socket={folder}/munge.socket"],
+        ["slurmctld", "-D"],
+        *(["slurmd", "-D", "-N", node] for node in ("n1", "n2")),
+    ]
+    processes = []
+    try:
+        for command in commands:
+            log = open(folder / f"{Path(command[0]).name}-{len(processes)}.out", "wb")  # noqa: SIM115
+            processes.append(
+                subprocess.Popen(command, env=cluster.environment, stdout=log, stderr=log, start_new_session=True)
+            )
+            if command[0] == "munged":
+                _until(lambda: (folder / "munge.socket").exists(), folder)
+        _until(lambda: cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", folder)
+        yield cluster
+    finally:
+        for process in reversed(processes):
+            process.send_signal(signal.SIGTERM)
+        for process in reversed(processes):
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _until(condition, folder: Path, seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if condition():
+                return
+        except AssertionError:
+            pass
+        if time.monotonic() > deadline:
+            logs = "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in folder.glob("*.log"))
+            outs = "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in folder.glob("*.out"))
+            raise RuntimeError(f"Slurm did not start\n{logs}\n{outs}")
+        time.sleep(0.2)
