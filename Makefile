@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 STEPS  ?=
+# `make bench`: JSONL with a field `text`, 50 MB or more to be telling, and the tokenizer to use
+TEXT      ?= data_prep/demo/tales.jsonl
+TOKENIZER ?= gpt2
 
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test bench lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +34,15 @@ lint: setup ## ruff
 
 test: lint ## lint and all tests
 	$(BIN)/python -m pytest -q
+
+.venv-bench/.installed: benchmarks/peers.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install -q torch==2.13.0
+	.venv-bench/bin/pip install -q --no-deps -r benchmarks/peers.txt
+	touch $@
+
+bench: setup .venv-bench/.installed ## measure beside the alternatives; writes the tables in benchmarks/
+	$(BIN)/python benchmarks/corpus.py $(TEXT) --tokenizer $(TOKENIZER) --peers .venv-bench/bin/python
 
 format: setup ## let ruff rewrite
 	$(BIN)/ruff check --fix .

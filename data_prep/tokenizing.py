@@ -41,8 +41,12 @@ def fingerprint(tokenizer) -> str:
     Padding and truncation settings do not enter, nor does an added mask token: a diffusion model's
     tokenizer reads documents as its base's does.
     """
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return _fingerprint(tokenizer, tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else "")
+
+
+def _fingerprint(tokenizer, backend: str) -> str:
+    if backend:
+        state = json.loads(backend)
         state.pop("padding", None)
         state.pop("truncation", None)
         state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] != tokenizer.mask_token]
@@ -69,11 +73,12 @@ class Recipe:
 
 def recipe_of(tokenizer, name: str = "", revision: str = "main") -> Recipe:
     """The recipe of a tokenizer of transformers, which came from `name`."""
+    state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
     return Recipe(
-        fingerprint(tokenizer),
+        _fingerprint(tokenizer, state),
         name,
         revision,
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else "",
+        state,
         len(tokenizer),
         {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
         tuple(token for token in tokenizer.all_special_tokens if token),
@@ -130,7 +135,7 @@ class Gigatoken:
         self._odd = re.compile("|".join(re.escape(chr(byte)) for byte in missing if byte < 0x80)) if missing else None
         self._odd_high = {byte for byte in missing if byte >= 0x80}
         self._tokenizer = gigatoken.Tokenizer.from_json(json.dumps(state))
-        self._reference, self._parallel = Reference(recipe), parallel
+        self.reference, self._parallel = Reference(recipe), parallel
         self.version = _version("gigatoken-cachefix") or _version("gigatoken")
 
     def encode(self, texts: list[str]) -> Encoded:
@@ -142,7 +147,7 @@ class Gigatoken:
             return ids, lengths
         pieces = np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1])
         for i in odd:
-            pieces[i] = self._reference.encode([texts[i]])[0]
+            pieces[i] = self.reference.encode([texts[i]])[0]
         return np.concatenate(pieces), np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
 
     def _is_odd(self, text: str) -> bool:
@@ -190,7 +195,7 @@ def make_engine(recipe: Recipe, requested: str, sample: list[str], parallel: boo
     try:
         engine = Gigatoken(recipe, parallel)
         texts = battery(recipe) + sample
-        problem = difference(engine, Reference(recipe), texts)
+        problem = difference(engine, engine.reference, texts)
     except ImportError:
         problem = "it is not installed (pip install gigatoken-cachefix)"
     except ValueError as error:
@@ -265,7 +270,7 @@ FRAGMENTS = [
 # fmt: on
 
 
-def battery(recipe: Recipe, count: int = 3000) -> list[str]:
+def battery(recipe: Recipe, count: int = 1500) -> list[str]:
     """Adversarial strings, the same at each call: joined fragments, random unicode, long runs, special tokens."""
     rng = random.Random(20241017)
     specials = list(recipe.special_tokens)

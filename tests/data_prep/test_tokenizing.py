@@ -72,6 +72,7 @@ def test_an_engine_that_differs_is_not_used(tokenizer, monkeypatch):
 
         def __init__(self, recipe, parallel):
             super().__init__(recipe)
+            self.reference = tokenizing.Reference(recipe)
 
         def encode(self, texts):
             ids, lengths = super().encode(texts)
