@@ -10,7 +10,7 @@ TOKENIZER ?= gpt2
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test bench gpu-check lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,11 @@ test: lint ## lint and all tests
 
 bench: setup .venv-bench/.installed ## measure beside the alternatives; writes the tables in benchmarks/
 	$(BIN)/python benchmarks/corpus.py $(TEXT) --tokenizer $(TOKENIZER) --peers .venv-bench/bin/python
+	$(BIN)/python benchmarks/attention.py
+
+gpu-check: setup ## on a CUDA machine: backends against the reference, then their speed
+	$(BIN)/python -m pytest -q tests/gpu
+	$(BIN)/python benchmarks/gpu.py
 
 format: setup ## let ruff rewrite
 	$(BIN)/ruff check --fix .

@@ -4,16 +4,19 @@ In: the run configuration's model section. Out: a tokenizer that knows the mask,
 class of the base's architecture with the base's weights.
 """
 
+import importlib.util
 from contextlib import nullcontext
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AddedToken, AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from data_prep.config import UserError
 
 from .config import ModelConfig
-from .model import attention
+from .model import attention, loss
 from .model.modeling_diffullama import diffusion_class
 
 # Settings of known architectures under which head(hidden) are not the logits, or attention is not plain.
@@ -23,6 +26,17 @@ UNSUPPORTED = {
     "logit_scale": None,
     "logits_scaling": 1,
 }
+
+
+# What selective activation checkpointing keeps: the results that are dear to compute again.
+SAVED = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
 
 
 def base_config(model: ModelConfig, seq_len: int) -> PretrainedConfig:
@@ -91,13 +105,11 @@ def load_model(model: ModelConfig, config: PretrainedConfig, mask_token_id: int,
             setattr(config, key, 0.0)
     vocabulary = config.vocab_size
     new = model.mask_token_id is None and getattr(config, "mask_token_id", None) != mask_token_id
-    backend = attention.resolve(model.attention, "bernoulli")
     loaded = diffusion_class(type(config)).from_pretrained(
         model.base,
         config=config,
         revision=model.revision,
         dtype=dtype,
-        attn_implementation=attention.IMPLEMENTATIONS[backend],
         use_safetensors=True,
     )
     loaded.config.use_cache = False
@@ -108,9 +120,49 @@ def load_model(model: ModelConfig, config: PretrainedConfig, mask_token_id: int,
         heads = {id(m): m for m in (loaded.get_input_embeddings(), loaded.get_output_embeddings())}
         for module in heads.values():
             _set_row_to_mean(module, mask_token_id)
-    if model.activation_checkpointing:
-        loaded.activation_checkpointing_enable({"use_reentrant": False})
+    loaded.attention_backend, loaded.loss_path = model.attention, model.loss
+    accelerate_blocks(loaded, model)
     return loaded
+
+
+def accelerate_blocks(loaded, model: ModelConfig) -> None:
+    """Liger's kernels, activation checkpointing and torch.compile, as configured; the same model."""
+    if model.liger:
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+        names = ("rope", "rms_norm", "swiglu", "geglu", "layer_norm")
+        _apply_liger_kernel_to_instance(
+            loaded, **dict.fromkeys(names, True), cross_entropy=False, fused_linear_cross_entropy=False
+        )
+    if model.activation_checkpointing != "none":
+        settings: dict = {"use_reentrant": False}
+        if model.activation_checkpointing == "selective":
+            settings["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED)
+        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    if model.compile:
+        for block in blocks(loaded):
+            block.compile(dynamic=False)
+
+
+def blocks(loaded) -> torch.nn.ModuleList:
+    """The transformer's blocks: the one list of as many modules as the configuration has layers."""
+    layers = loaded.config.num_hidden_layers
+    found = [m for m in loaded.base_model.children() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
+    if len(found) != 1:
+        raise UserError(f"model.compile does not find the blocks of {type(loaded.base_model).__name__}")
+    return found[0]
+
+
+def check_acceleration(model: ModelConfig, forms: set[str], device: str, dtype: torch.dtype) -> dict[str, str]:
+    """The attention backend of each form of visibility. Raises UserError for what this machine cannot do."""
+    try:
+        loss.choose(model.loss, torch.device(device))
+        found = {form: attention.choose(model.attention, form, device, dtype) for form in sorted(forms)}
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if model.liger and (device != "cuda" or not importlib.util.find_spec("liger_kernel")):
+        raise UserError("model.liger needs CUDA and the package liger-kernel: pip install liger-kernel")
+    return found
 
 
 @torch.no_grad()

@@ -17,9 +17,13 @@ class ModelConfig:
     trust_remote_code: bool = False  # of the base
     mask_token: str = "<|mask|>"  # added to the tokenizer where mask_token_id is null
     mask_token_id: int | None = None  # an existing id to use as the mask instead
-    attention: str = "auto"  # auto | sdpa
+    attention: str = "auto"  # auto | flash_attn | varlen | flex | sdpa: see pretrain/model/attention.py
+    loss: str = "auto"  # auto | chunked | liger | plain: see pretrain/model/loss.py
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device is fast at it
-    activation_checkpointing: bool = False
+    # Compute activations again in the backward pass: of whole blocks, or of all but matrix products and attention.
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    compile: bool = False  # torch.compile each block
+    liger: bool = False  # fused RMSNorm, SwiGLU and RoPE of the package liger-kernel, on CUDA
     # The base's shape, as in its config.json: lets --dry_run work offline, and is checked against the base.
     architecture: dict[str, Any] = field(default_factory=dict)
 
@@ -41,8 +45,12 @@ class DiffusionConfig:
 
 @dataclass
 class AnnealingConfig:
-    form: Literal["bernoulli", "none"] = "bernoulli"  # none: bidirectional from the first step
+    # Between causal and bidirectional, beside all of the past, a position sees: each future one with a probability
+    # (the paper's), the next k, or the rest of its block. none: bidirectional from the first step.
+    form: Literal["bernoulli", "window", "block", "none"] = "bernoulli"
     steps: int = 10_000  # from causal to bidirectional
+    schedule: Literal["linear", "cosine", "stepwise"] = "linear"
+    stages: int = 8  # of stepwise: distinct masks
 
 
 @dataclass
@@ -165,5 +173,7 @@ def check_run(config: RunConfig) -> None:
             raise UserError(f"optimizer.{name} is {value}, expected 0 to 1")
     if not all(0 < t <= 1 for t in c.validation.times):
         raise UserError(f"validation.times is {c.validation.times}, expected times above 0 and up to 1")
-    if c.annealing.form == "bernoulli" and c.annealing.steps == 0:
+    if c.annealing.stages < 1:
+        raise UserError(f"annealing.stages is {c.annealing.stages}, expected 1 or more")
+    if c.annealing.form != "none" and c.annealing.steps == 0:
         raise UserError("annealing.steps is 0; for no annealing set annealing.form=none")

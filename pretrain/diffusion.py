@@ -6,6 +6,8 @@ The shift (hidden state i predicts token i + 1) stands in the model's forward, w
 sampling share it.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -41,17 +43,36 @@ def maskable_positions(document_lengths: np.ndarray, isolated: bool) -> np.ndarr
     return maskable
 
 
-def weighted_loss(nll: torch.Tensor, t: torch.Tensor, denominator: float) -> torch.Tensor:
-    """Eq. 7: the sum of (1/t) (-log p(x0 | xt)) over masked positions, over `denominator`.
+def loss_weights(t: torch.Tensor, denominator: float) -> torch.Tensor:
+    """Eq. 7: the loss is the sum of these weights, (1/t) / `denominator`, times -log p(x0 | xt) at masked positions.
 
-    `nll` and `t` (masked,): the loss and the time of each masked position. With the number of maskable
-    tokens as denominator this is the NELBO a token in nats; with the number of masked tokens, the
-    authors' objective. Take the denominator of the whole global batch, so that the gradient does not
-    depend on how the batch is split.
+    `t` (masked,): the time of each masked position. With the number of maskable tokens as denominator the
+    loss is the NELBO a token in nats; with the number of masked tokens, the authors' objective. Take
+    the denominator of the whole global batch, so that the gradient does not depend on how it is split.
     """
-    return (nll / t).sum() / max(denominator, 1)
+    return 1 / (t * max(denominator, 1))
 
 
-def annealing_ratio(step: int, steps: int) -> float:
-    """Share of future positions visible at a step, from 0: min(1, (step + 1) / steps); 1 where steps is 0."""
-    return 1.0 if steps <= 0 else min(1.0, (step + 1) / steps)
+def annealing_progress(step: int, steps: int, schedule: str = "linear", stages: int = 8) -> float:
+    """How far attention is from causal (0) to bidirectional (1) at a step, from 0; 1 where steps is 0.
+
+    `linear`: min(1, (step + 1) / steps), the paper's. `cosine`: slow at both ends. `stepwise`: linear, rounded
+    up to multiples of 1/`stages`, so that there are few distinct masks.
+    """
+    if steps <= 0:
+        return 1.0
+    linear = min(1.0, (step + 1) / steps)
+    if schedule == "cosine":
+        return (1 - math.cos(math.pi * linear)) / 2
+    return math.ceil(linear * stages) / stages if schedule == "stepwise" else linear
+
+
+def annealed_width(form: str, progress: float, length: int) -> int:
+    """Positions that `window` and `block` show at `progress` in rows of `length`.
+
+    A window's right context grows in proportion, from 0 to length - 1. A block grows by powers of two from 1
+    to length, as block-diffusion schedules do: each doubling takes the same number of steps.
+    """
+    if form == "window":
+        return round(progress * (length - 1))
+    return length if progress >= 1 else min(length, 2 ** round(progress * math.log2(length)))

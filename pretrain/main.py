@@ -123,6 +123,14 @@ def run(args: argparse.Namespace) -> None:
         )
     base = adapt.base_config(config.model, manifest.seq_len)
     mask_token_id = adapt.add_mask_token(tokenizer, config.model)
+    backends = adapt.check_acceleration(
+        config.model,
+        {"full", "full" if config.annealing.form == "none" else config.annealing.form},
+        "cuda" if torch.cuda.is_available() else "cpu",
+        torch.bfloat16 if dtype == "bf16" else torch.float32,
+    )
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("attention: " + ", ".join(f"{form} by {name}" for form, name in backends.items()), flush=True)
     ds_config = deepspeed_config.resolve(
         packaged(args.deepspeed_config), config, dtype, base.hidden_size, world_size
     )  # fmt: skip

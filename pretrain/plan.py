@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from data_prep.config import UserError
 
 from .config import RunConfig, accumulation_steps, total_steps
+from .model.loss import CHUNK_BYTES
 
 GIB = 1 << 30
 
@@ -43,7 +44,8 @@ def memory_per_rank(
     momentum and variance 12 bytes a parameter, or 4, 4 and 8 in fp32; stage 1 divides the last over the
     ranks, 2 also the gradients, 3 also the weights. Activations as in "Reducing Activation Recomputation"
     (arXiv 2205.05198), flash attention: 34 L B H bytes a layer in bf16, or 2 L B H and one whole layer
-    with checkpointing. Logits: fp32 values and gradients, and the 16-bit logits, of the masked half.
+    with full checkpointing, about 20 L B H with selective.
+    Logits: fp32 values and their 16-bit copies of a chunk of the masked positions, and the head's fp32 gradient.
     """
     stage = ds_config["zero_optimization"]["stage"]
     bf16 = ds_config["bf16"]["enabled"]
@@ -52,13 +54,14 @@ def memory_per_rank(
     tokens = config.train.micro_batch_size * seq_len
     scale = 1 if bf16 else 2
     a_layer = 34 * tokens * width * scale
-    saved = layers * 2 * tokens * width * scale + a_layer if config.model.activation_checkpointing else layers * a_layer
+    kept = {"none": 34, "selective": 20, "full": 2}[config.model.activation_checkpointing]
+    saved = layers * kept * tokens * width * scale + (a_layer if kept < 34 else 0)
     return {
         "weights": weights * count / (world_size if stage >= 3 else 1),
         "gradients": gradients * count / (world_size if stage >= 2 else 1),
         "optimizer": optimizer * count / (world_size if stage >= 1 else 1),
         "activations": saved,
-        "logits": tokens / 2 * shape.vocab_size * (4 + 4 + 2 * scale),
+        "logits": CHUNK_BYTES * 1.5 + 4 * shape.vocab_size * width,
     }
 
 
@@ -80,7 +83,8 @@ def describe(config: RunConfig, ds_config: dict, shape: PretrainedConfig, seq_le
         f"{config.train.micro_batch_size} × accumulation {accumulation} × {world_size} rank(s)",
         f"steps          {steps:,} = {steps * per_step / 1e9:,.2f}B tokens"
         + (f" (train.tokens ends it before step {config.train.steps:,})" if steps < config.train.steps else ""),
-        f"annealing      {annealing.form}" + (f" over {annealing.steps:,} steps" if annealing.form != "none" else ""),
+        f"annealing      {annealing.form}"
+        + ("" if annealing.form == "none" else f" over {annealing.steps:,} steps, {annealing.schedule}"),
         f"learning rate  {config.optimizer.lr:g}, {config.optimizer.schedule}, "
         f"warm-up {config.optimizer.warmup_steps:,}",
         f"ZeRO           stage {ds_config['zero_optimization']['stage']}"

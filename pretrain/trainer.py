@@ -7,6 +7,7 @@ stopped continues where its newest checkpoint stands.
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import deepspeed
 import torch
@@ -16,8 +17,8 @@ from transformers.integrations import HfDeepSpeedConfig
 from . import adapt, checkpoint
 from .config import RunConfig, total_steps
 from .data import StepData, TrainData, step_data
-from .diffusion import annealing_ratio, weighted_loss
-from .model.attention import Visibility
+from .diffusion import annealed_width, annealing_progress, loss_weights
+from .model.visibility import Visibility
 from .optimization import learning_rate, parameter_groups
 from .telemetry import Telemetry
 from .validation import validate
@@ -40,11 +41,15 @@ def build_engine(config: RunConfig, base_config, mask_token_id: int, ds_config: 
     return engine
 
 
-def visibility_at(config: RunConfig, step: int) -> Visibility:
-    """The annealed attention of a step: the same on all ranks and for all rows."""
+def visibility_at(config: RunConfig, step: int, length: int) -> Visibility:
+    """The annealed attention of a step for rows of `length`: the same on all ranks and for all rows."""
     annealing = config.annealing
-    ratio = 1.0 if annealing.form == "none" else annealing_ratio(step, annealing.steps)
-    return Visibility("full") if ratio >= 1 else Visibility("bernoulli", ratio, (config.train.seed, step))
+    progress = annealing_progress(step, annealing.steps, annealing.schedule, annealing.stages)
+    if annealing.form == "none" or progress >= 1:
+        return Visibility("full")
+    if annealing.form == "bernoulli":
+        return Visibility("bernoulli", progress, key=(config.train.seed, step))
+    return Visibility(annealing.form, progress, annealed_width(annealing.form, progress, length))
 
 
 def train_step(
@@ -58,25 +63,25 @@ def train_step(
     world, passes, device = dist.get_world_size(), len(part.batches), engine.device
     by_masked = config.diffusion.normalize_by == "masked"
     denominator = part.masked if by_masked else part.maskable
-    state = visibility_at(config, step)
+    state = visibility_at(config, step, part.batches[0].xt.shape[1])
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     sums = torch.zeros(3 + STOPS, dtype=torch.float64, device=device)  # of nll/t, nll; ranks by why they want to stop
     for batch in part.batches:
         batch = batch.to(device)
-        nll = engine(
+        output = engine(
             input_ids=batch.xt,
             labels=batch.labels,
+            # DeepSpeed averages over ranks and passes; the denominator is already the global batch's
+            loss_weights=loss_weights(batch.t, denominator) * (world * passes),
             position_ids=batch.positions,
-            visibility=Visibility(state.form, state.ratio, state.key, batch.documents),
-            reduction="none",
-        ).loss
-        # DeepSpeed averages over ranks and passes; the denominator is already the global batch's
-        engine.backward(weighted_loss(nll, batch.t, denominator) * (world * passes))
+            visibility=replace(state, documents=batch.documents),
+        )
+        engine.backward(output.loss)
         plain_norm = unpartitioned_norm(engine)
         engine.step()
-        detached = nll.detach().double()
-        sums[:2] += torch.stack([(detached / batch.t).sum(), detached.sum()])
+        nll = output.nll.double()
+        sums[:2] += torch.stack([(nll / batch.t).sum(), nll.sum()])
     sums[2 + int(stop)] = 1
     dist.all_reduce(sums)
     weighted, unweighted, *stopping = sums.tolist()

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from .data import Sample, TrainData, collate
-from .model.attention import Visibility
+from .model.visibility import Visibility
 
 
 @torch.no_grad()
@@ -46,10 +46,9 @@ def _sums(engine, data: TrainData, samples: list[Sample], micro_batch: int, devi
             labels=batch.labels,
             position_ids=batch.positions,
             visibility=Visibility(documents=batch.documents),
-            reduction="none",
         )
         if mine:
-            nll = output.loss.double()
+            nll = output.nll.double()
             total += torch.stack([(nll / batch.t).sum(), nll.sum(), torch.tensor(len(nll), device=device)])
     dist.all_reduce(total)
     return tuple(total.tolist())

@@ -1,97 +1,151 @@
-"""Who sees whom, and the attention that obeys it: the one seam between visibility and kernels.
+"""Attention that obeys a `Visibility`, by whichever kernel can: the one seam between the two.
 
-In: a `Visibility` (annealing state × documents of a packed row). Out: attention outputs, through the
-`AttentionInterface` of transformers, so that no model code is copied or patched. The model's own mask
-is switched off by a mask function that returns None; the mask comes from the visibility alone.
+In: a visibility, once a forward. Out: attention outputs of all layers, through the `AttentionInterface`
+of transformers, so that no model code is copied or patched. The model's own mask is switched off.
+
+    backend      forms                          runs on
+    flash_attn   full causal window             CUDA, half precision, with the package flash-attn (2 or 3)
+    varlen       full causal window             CUDA, half precision, torch's own flash kernel
+    flex         all                            CUDA
+    sdpa         all, with dense masks          anywhere; the reference
 """
 
+import importlib.util
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-IMPLEMENTATIONS = {"sdpa": "diffullama_sdpa"}  # model.attention: the name registered with transformers
+from .visibility import Segments, Visibility, positions, sees
+
+IMPLEMENTATION = "diffullama"  # the name registered with transformers
+FLASH_FORMS = ("full", "causal", "window")
+BACKENDS = {
+    "flash_attn": FLASH_FORMS,
+    "varlen": FLASH_FORMS,
+    "flex": ("full", "causal", "bernoulli", "window", "block"),
+    "sdpa": ("full", "causal", "bernoulli", "window", "block"),
+}
+HALF = (torch.bfloat16, torch.float16)
+DENSE_SHARE = 0.6  # documents are attended to one by one where they have less than this share of the dense pairs
 
 
-@dataclass(frozen=True)
-class Visibility:
-    """Which positions each position attends to.
-
-    `form` "full" is bidirectional, "causal" is the AR model's, "bernoulli" is the paper's annealing:
-    position i sees all j <= i and each j > i with probability `ratio`, independently, by a hash of
-    (key, i, j): the same for all rows, layers, heads and ranks of a step.
-    `documents` (B, L) int64 numbers the document of each token; positions of different documents do
-    not see each other. None: one document a row. `padding` (B, L) bool is True at real tokens.
-    """
-
-    form: Literal["full", "causal", "bernoulli"] = "full"
-    ratio: float = 1.0
-    key: tuple[int, int] = (0, 0)  # (seed, step)
-    documents: torch.Tensor | None = None
-    padding: torch.Tensor | None = None
-
-    def sees(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        """Bool of i's and j's broadcast shape: does query position i see key position j, by form alone."""
-        if self.form == "full":
-            return torch.ones_like(i + j, dtype=torch.bool)
-        past = j <= i
-        return past if self.form == "causal" else past | (hashed_uniform(self.key, i, j) < self.ratio)
-
-    def dense(self, length: int, device: torch.device | str) -> torch.Tensor | None:
-        """(1 or B, 1, L, L) bool, True where visible; None when every position sees every other."""
-        position = torch.arange(length, device=device)
-        mask = None if self.form == "full" else self.sees(position[:, None], position[None, :])[None, None]
-        if self.documents is not None:
-            same = self.documents[:, None, :, None] == self.documents[:, None, None, :]
-            mask = same if mask is None else mask & same
-        if self.padding is not None:
-            # a padded query sees itself, so that its softmax is not empty
-            real = self.padding[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=device)
-            mask = real if mask is None else mask & real
-        return mask
+def choose(requested: str, form: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The backend for `model.attention` and a form. Raises ValueError naming what can do it instead."""
+    device = torch.device(device)
+    possible = [name for name, forms in BACKENDS.items() if form in forms and _obstacle(name, device, dtype) is None]
+    if requested == "auto":
+        # where no flash kernel runs, plain SDPA needs no compiling; a mask that changes every step wants flex
+        return "sdpa" if possible[0] == "flex" and form in FLASH_FORMS else possible[0]
+    if requested not in BACKENDS:
+        raise ValueError(f"model.attention is {requested!r}; there are: auto, {', '.join(BACKENDS)}")
+    if form not in BACKENDS[requested]:
+        raise ValueError(
+            f"model.attention={requested} cannot show the form {form!r}, only {', '.join(BACKENDS[requested])}; "
+            f"here {', '.join(possible)} can, or auto"
+        )
+    obstacle = _obstacle(requested, device, dtype)
+    if obstacle:
+        raise ValueError(f"model.attention={requested} {obstacle}; here {', '.join(possible)} can, or auto")
+    return requested
 
 
-def hashed_uniform(key: tuple[int, int], i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    """Uniform floats in [0, 1), a pure function of (key, i, j) on any device; i, j int64 below 2^31.
+def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend does not run here; None where it does."""
+    if backend == "sdpa":
+        return None
+    if device.type != "cuda":
+        return f"needs CUDA, not {device.type}"
+    if backend == "flex":
+        return None
+    if dtype not in HALF:
+        return f"needs bf16 or fp16, not {str(dtype).removeprefix('torch.')}"
+    if backend == "flash_attn":
+        return None if _flash_attn() else "needs the package flash-attn: pip install flash-attn"
+    return None if importlib.util.find_spec("torch.nn.attention.varlen") else "needs torch 2.10 or newer"
 
-    Rounds of the MurmurHash3 finaliser on 32-bit words, after each of the four inputs is mixed in.
-    """
-    state = torch.zeros_like(i + j)
-    for word in (key[0] & 0xFFFFFFFF, key[0] >> 32 & 0xFFFFFFFF, key[1] & 0xFFFFFFFF, i, j):
-        state = ((state ^ word) + 0x9E3779B9) & 0xFFFFFFFF
-        state = ((state ^ (state >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-        state = ((state ^ (state >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-        state = state ^ (state >> 16)
-    return (state >> 8).to(torch.float32) * 2.0**-24
+
+@lru_cache
+def _flash_attn():
+    """flash_attn_varlen_func of FlashAttention 3 (package flash_attn_interface), else of 2; None without either."""
+    for package in ("flash_attn_interface", "flash_attn"):
+        if importlib.util.find_spec(package):
+            return getattr(importlib.import_module(package), "flash_attn_varlen_func", None)
+    return None
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """A visibility made ready for a backend, once a forward, for all its layers."""
+    """A visibility made ready for one backend, once a forward, for all its layers."""
 
-    mask: torch.Tensor | None  # (1 or B, 1, L, L) bool; None: all visible, or causal
-    causal: bool
-
-
-def plan(visibility: Visibility, length: int, device: torch.device) -> AttentionPlan:
-    """What the sdpa backend needs; without documents or padding, full and causal build no L×L mask."""
-    if visibility.form == "causal" and visibility.documents is None and visibility.padding is None:
-        return AttentionPlan(None, causal=True)
-    return AttentionPlan(visibility.dense(length, device), causal=False)
+    backend: str
+    window: tuple[int, int] = (-1, -1)  # positions to the left and right that are seen; -1: all
+    segments: Segments | None = None  # of flash_attn and varlen; of sdpa where documents are taken one by one
+    bounds: tuple[int, ...] = ()  # cu_seqlens on the host, of sdpa
+    mask: torch.Tensor | None = None  # sdpa: bool (1 or B, 1, L, L), or (longest, longest) for each document
+    block_mask: object = None  # flex
 
 
-def resolve(requested: str, form: str) -> str:
-    """The backend for `model.attention` and `annealing.form`. Raises ValueError naming what can be had."""
-    backend = "sdpa" if requested == "auto" else requested
-    if backend not in IMPLEMENTATIONS:
-        can = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"model.attention is {requested!r}; for annealing {form!r} there are: auto, {can}")
-    return backend
+def plan(
+    visibility: Visibility, batch: int, length: int, device: torch.device, dtype: torch.dtype, requested: str = "auto"
+) -> AttentionPlan:
+    """What the chosen backend needs. No tensor of L x L is made on the flash and flex paths."""
+    visibility = visibility.simplified(length)
+    backend = choose(requested, visibility.form, device, dtype)
+    right = {"full": -1, "causal": 0}.get(visibility.form, visibility.width)
+    if backend in ("flash_attn", "varlen"):
+        return AttentionPlan(backend, (-1, right), Segments.of(visibility, batch, length, device))
+    if backend == "flex":
+        return AttentionPlan(backend, block_mask=_block_mask(visibility, batch, length, device))
+    if visibility.documents is not None and device.type == "cpu":
+        segments = Segments.of(visibility, batch, length, device)
+        if float(segments.cu_seqlens.diff().double().square().sum()) < DENSE_SHARE * batch * length**2:
+            longest = Visibility(visibility.form, visibility.ratio, visibility.width, visibility.key)
+            mask = None if visibility.form == "causal" else longest.dense(segments.max_seqlen, device)
+            mask = None if mask is None else mask[0, 0]
+            return AttentionPlan(backend, (-1, right), segments, tuple(segments.cu_seqlens.tolist()), mask)
+    if visibility.form == "causal" and visibility.documents is None:
+        return AttentionPlan(backend, (-1, 0))
+    return AttentionPlan(backend, mask=visibility.dense(length, device))
 
 
-def _attend(
+def _block_mask(visibility: Visibility, batch: int, length: int, device: torch.device):
+    """FlexAttention's mask. What changes from step to step are tensors, so that compiled kernels are used again."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if visibility.form == "full" and visibility.documents is None:
+        return None
+    ratio = torch.tensor(visibility.ratio, device=device)
+    width = torch.tensor(visibility.width, device=device)
+    key = torch.tensor(visibility.key, device=device)
+    form, documents = visibility.form, visibility.documents
+    if documents is None:
+
+        def mask_mod(b, h, i, j):
+            return sees(form, i, j, ratio, width, key)
+
+        batch = None
+    else:
+        position = positions(documents)
+
+        def mask_mod(b, h, i, j):
+            same = documents[b, i] == documents[b, j]
+            return same & sees(form, position[b, i], position[b, j], ratio, width, key)
+
+    compiled = device.type == "cuda"  # otherwise a dense mask is made on the way, for tests
+    return create_block_mask(mask_mod, batch, None, length, length, device=device, _compile=compiled)
+
+
+@lru_cache
+def _flex(compiled: bool):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+def attend(
     module: torch.nn.Module,
     query: torch.Tensor,  # (B, heads, L, head_dim)
     key: torch.Tensor,  # (B, key_value_heads, L, head_dim)
@@ -111,28 +165,100 @@ def _attend(
             f"rows of {query.shape[2]} tokens, but this model attends within {sliding_window}; use a shorter seq_len"
         )
     if kwargs.get("softcap") is not None:
-        raise ValueError("this model caps its attention scores (softcap), which this backend does not do")
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.is_cuda and attention_plan.mask is not None:
-        # with a mask, CUDA's fused kernels take no grouped keys, and the unfused one needs B x heads x L x L floats
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        groups = 1
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attention_plan.mask,
-        dropout_p=dropout,
-        is_causal=attention_plan.causal,
-        scale=scaling,
-        enable_gqa=groups > 1,
+        raise ValueError("this model caps its attention scores (softcap), which this project does not do")
+    if dropout:
+        raise ValueError(f"attention dropout is {dropout}; all randomness of a diffusion model's training is its noise")
+    backend = {"flash_attn": _by_flash_attn, "varlen": _by_varlen, "flex": _by_flex, "sdpa": _by_sdpa}
+    return backend[attention_plan.backend](query, key, value, scaling, attention_plan), None
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """(B, heads, L, head_dim) to (B·L, heads, head_dim), the layout of varlen kernels."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _by_flash_attn(query, key, value, scaling, made: AttentionPlan) -> torch.Tensor:
+    s = made.segments
+    output = _flash_attn()(
+        _flat(query),
+        _flat(key),
+        _flat(value),
+        cu_seqlens_q=s.cu_seqlens,
+        cu_seqlens_k=s.cu_seqlens,
+        max_seqlen_q=s.max_seqlen,
+        max_seqlen_k=s.max_seqlen,
+        softmax_scale=scaling,
+        causal=made.window == (-1, 0),
+        window_size=(-1, -1) if made.window == (-1, 0) else made.window,
     )
-    return output.transpose(1, 2).contiguous(), None
+    output = output[0] if isinstance(output, tuple) else output  # FlashAttention 3 may give the lse too
+    return output.unflatten(0, (query.shape[0], query.shape[2]))
+
+
+def _by_varlen(query, key, value, scaling, made: AttentionPlan) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    s = made.segments
+    output = varlen_attn(
+        _flat(query),
+        _flat(key),
+        _flat(value),
+        s.cu_seqlens,
+        s.cu_seqlens,
+        s.max_seqlen,
+        s.max_seqlen,
+        scale=scaling,
+        window_size=made.window,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.unflatten(0, (query.shape[0], query.shape[2]))
+
+
+def _by_flex(query, key, value, scaling, made: AttentionPlan) -> torch.Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    output = _flex(query.is_cuda)(query, key, value, block_mask=made.block_mask, scale=scaling, enable_gqa=grouped)
+    return output.transpose(1, 2).contiguous()
+
+
+def _by_sdpa(query, key, value, scaling, made: AttentionPlan) -> torch.Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda and made.mask is not None:
+        # with a mask, CUDA's fused kernels take no grouped keys, and the unfused one needs B x heads x L x L floats
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+        grouped = False
+    if made.bounds:
+        return _by_document(query, key, value, scaling, made, grouped)
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=made.mask, is_causal=made.window == (-1, 0), scale=scaling, enable_gqa=grouped
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+def _by_document(query, key, value, scaling, made: AttentionPlan, grouped: bool) -> torch.Tensor:
+    """Each document alone: on a CPU the pairs that a dense mask hides cost as much as those that it shows."""
+    batch, _, length, _ = query.shape
+    rows = [x.transpose(0, 1).flatten(1, 2) for x in (query, key, value)]  # (heads, B·L, head_dim)
+    sizes = [stop - start for start, stop in zip(made.bounds, made.bounds[1:])]
+    parts = [x.split(sizes, dim=1) for x in rows]
+    outputs = []
+    for q, k, v in zip(*parts):
+        size = q.shape[1]
+        output = F.scaled_dot_product_attention(
+            q[None],
+            k[None],
+            v[None],
+            attn_mask=None if made.mask is None else made.mask[:size, :size],
+            is_causal=made.window == (-1, 0),
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs).unflatten(0, (batch, length))
 
 
 def _no_mask(*args: object, **kwargs: object) -> None:
     """The model makes no mask of its own; the visibility decides."""
 
 
-AttentionInterface.register(IMPLEMENTATIONS["sdpa"], _attend)
-AttentionMaskInterface.register(IMPLEMENTATIONS["sdpa"], _no_mask)
+AttentionInterface.register(IMPLEMENTATION, attend)
+AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

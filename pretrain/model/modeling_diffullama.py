@@ -9,32 +9,49 @@ gives this class with `forward(input_ids).logits` of a masked language model and
 """
 
 import shutil
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 from transformers.modeling_outputs import MaskedLMOutput
 
-from .attention import IMPLEMENTATIONS, Visibility, plan
+from .attention import IMPLEMENTATION, plan
+from .loss import VocabularyHead
+from .loss import choose as choose_loss
 from .sampling import generate
+from .visibility import Visibility, starts
 
-REMOTE_CODE = ("attention.py", "modeling_diffullama.py", "sampling.py")
+REMOTE_CODE = ("attention.py", "loss.py", "modeling_diffullama.py", "sampling.py", "visibility.py")
 AUTO_MAP = {name: "modeling_diffullama.DiffuLlamaForMaskedLM" for name in ("AutoModel", "AutoModelForMaskedLM")}
 IGNORE = -100  # label of positions that bear no loss, as everywhere in transformers
 
 
+@dataclass
+class DiffusionOutput(MaskedLMOutput):
+    """MaskedLMOutput, and `nll` (labelled,): the loss of each labelled position in nats, in row-major order."""
+
+    nll: torch.Tensor | None = None
+
+
 class DiffusionModel:
-    """The methods that turn a `...ForCausalLM` of transformers into a masked diffusion model."""
+    """The methods that turn a `...ForCausalLM` of transformers into a masked diffusion model.
+
+    `attention_backend` and `loss_path` say how to compute, not what: auto, or a name in attention.BACKENDS
+    and loss.LOSSES.
+    """
+
+    attention_backend = "auto"
+    loss_path = "auto"
 
     @classmethod
-    def from_pretrained(cls, *args, attn_implementation: str = IMPLEMENTATIONS["sdpa"], **kwargs):
+    def from_pretrained(cls, *args, attn_implementation: str = IMPLEMENTATION, **kwargs):
         """As in transformers; raises ValueError for an attention implementation that would stay causal."""
-        if attn_implementation not in IMPLEMENTATIONS.values():
-            known = ", ".join(IMPLEMENTATIONS.values())
+        if attn_implementation != IMPLEMENTATION:
             raise ValueError(
-                f"attn_implementation={attn_implementation!r} attends causally; a diffusion model takes: {known}"
+                f"attn_implementation={attn_implementation!r} attends causally; a diffusion model takes "
+                f"{IMPLEMENTATION!r}, whose kernel its attention_backend chooses"
             )
         return super().from_pretrained(*args, attn_implementation=attn_implementation, **kwargs)
 
@@ -44,42 +61,52 @@ class DiffusionModel:
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
+        loss_weights: torch.Tensor | None = None,
         visibility: Visibility | None = None,
-        reduction: str = "mean",
         **kwargs,
-    ) -> MaskedLMOutput:
+    ) -> DiffusionOutput:
         """Predict the tokens of a corrupted sequence.
 
         `input_ids` (B, L) hold mask tokens where tokens are unknown. `attention_mask` (B, L) is 0 at
         padding. Without `labels`: `logits` (B, L, V), where `logits[:, i]` predict token i: the shift
         is done here. Nothing predicts a row's first token; its logits repeat those of the second.
-        With `labels` (B, L), -100 where no loss is wanted: `loss` in nats, over labelled positions,
-        and no logits, since only hidden states at labelled positions meet the vocabulary;
-        `reduction="none"` gives the loss of each labelled position in row-major order.
+        With `labels` (B, L), -100 where no loss is wanted: `loss` and `nll` in nats, over labelled
+        positions, and no logits, since only hidden states at labelled positions meet the vocabulary.
+        `loss` is the mean, or the sum of `loss_weights` (labelled,) times `nll`.
         `visibility` is for training; the default is bidirectional.
         """
         visibility = visibility or Visibility()
         if attention_mask is not None and not attention_mask.bool().all():
-            visibility = Visibility(
-                visibility.form, visibility.ratio, visibility.key, visibility.documents, attention_mask.bool()
-            )
+            if visibility.documents is not None:
+                raise ValueError("attention_mask is for rows with padding, not for packed rows with documents")
+            real = attention_mask.long()
+            if (starts(real) & (real == 1)).sum(dim=1).max() > 1:
+                raise ValueError("attention_mask has zeros between tokens; padding stands before or after a row")
+            visibility = replace(visibility, documents=real)  # tokens and padding do not see each other
             if position_ids is None:  # left padding does not move a sequence
-                position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+                position_ids = (real.cumsum(1) - 1).clamp(min=0)
+        head = self.get_output_embeddings()
+        if type(head) is torch.nn.Linear:
+            head.__class__ = VocabularyHead  # the same module with one more use
+        batch, length = input_ids.shape
         hidden = self.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
             use_cache=False,
-            attention_plan=plan(visibility, input_ids.shape[1], input_ids.device),
+            attention_plan=plan(visibility, batch, length, input_ids.device, self.dtype, self.attention_backend),
         ).last_hidden_state  # (B, L, H); hidden[:, i - 1] predicts token i
         if labels is None:
             shifted = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
-            return MaskedLMOutput(logits=self.get_output_embeddings()(shifted))
+            return DiffusionOutput(logits=head(shifted))
         if (labels[:, 0] != IGNORE).any():
             raise ValueError("labels has a value at the first token of a row, which nothing predicts")
         chosen = labels[:, 1:] != IGNORE
-        logits = self.get_output_embeddings()(hidden[:, :-1][chosen])  # (labelled, V)
-        nll = F.cross_entropy(logits.float(), labels[:, 1:][chosen], reduction="none")
-        return MaskedLMOutput(loss=nll if reduction == "none" else nll.mean())
+        targets = labels[:, 1:][chosen]
+        if loss_weights is None:
+            loss_weights = torch.full(targets.shape, 1 / max(1, len(targets)), device=hidden.device)
+        how = choose_loss(self.loss_path, hidden.device)
+        loss, nll = head(hidden[:, :-1][chosen], targets, loss_weights, how)
+        return DiffusionOutput(loss=loss, nll=nll)
 
     def diffusion_generate(self, input_ids: torch.LongTensor, **kwargs):
         """Replace the mask tokens of `input_ids` (B, L) by samples; see `sampling.generate`."""
@@ -129,5 +156,5 @@ class DiffuLlamaForMaskedLM:
 
     @classmethod
     def _from_config(cls, config: PretrainedConfig, **kwargs):
-        kwargs["attn_implementation"] = IMPLEMENTATIONS["sdpa"]
+        kwargs["attn_implementation"] = IMPLEMENTATION
         return diffusion_class(type(config))._from_config(config, **kwargs)

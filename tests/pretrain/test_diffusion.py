@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.config import OptimizerConfig
-from pretrain.diffusion import annealing_ratio, corrupt, maskable_positions, sample_time, weighted_loss
+from pretrain.diffusion import (
+    annealed_width,
+    annealing_progress,
+    corrupt,
+    loss_weights,
+    maskable_positions,
+    sample_time,
+)
 from pretrain.optimization import learning_rate, parameter_groups
 
 MASK = 7
@@ -80,7 +87,7 @@ def test_loss_is_the_authors_objective():
     # ours: only masked positions, each with its time
     rows, positions = masked.nonzero(as_tuple=True)
     nll = -F.log_softmax(logits[rows, positions - 1], -1).gather(1, x0[rows, positions][:, None])[:, 0]
-    ours = weighted_loss(nll, t[rows], float(masked.sum()))
+    ours = (loss_weights(t[rows], float(masked.sum())) * nll).sum()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
 
 
@@ -95,15 +102,28 @@ def test_nelbo_of_a_known_distribution_is_its_entropy():
     u = torch.rand(rows, length, generator=generator, dtype=torch.float64)
     _, masked = corrupt(x0, torch.ones_like(x0, dtype=torch.bool), t, u, 4)
     row, _ = masked.nonzero(as_tuple=True)
-    nelbo = weighted_loss(-law.log()[x0[masked]], t[row], rows * length).item()
+    nelbo = (loss_weights(t[row], rows * length) * -law.log()[x0[masked]]).sum().item()
     assert nelbo == pytest.approx(entropy, rel=0.02)
 
 
 def test_annealing_is_linear_then_full():
-    ratios = [annealing_ratio(step, 10) for step in range(15)]
+    ratios = [annealing_progress(step, 10) for step in range(15)]
     np.testing.assert_allclose(ratios[:10], np.arange(1, 11) / 10)
     assert ratios[9:] == [1.0] * 6
-    assert annealing_ratio(0, 0) == 1.0
+    assert annealing_progress(0, 0) == 1.0
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "stepwise"])
+def test_annealing_schedules_grow_from_causal_to_full(schedule):
+    progress = [annealing_progress(step, 40, schedule, stages=4) for step in range(50)]
+    assert progress == sorted(progress) and 0 < progress[0] <= 0.25 and progress[39:] == [1.0] * 11
+    if schedule == "stepwise":
+        assert sorted(set(progress)) == [0.25, 0.5, 0.75, 1.0]
+    for form, causal in (("window", 0), ("block", 1)):
+        widths = [annealed_width(form, p, 100) for p in (0, *progress)]
+        assert widths == sorted(widths) and widths[0] == causal
+        assert widths[-1] == {"window": 99, "block": 100}[form]
+    assert {annealed_width("block", p / 50, 100) for p in range(50)} == {1, 2, 4, 8, 16, 32, 64, 100}
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])

@@ -55,13 +55,16 @@ def test_loss_at_labels_is_that_of_the_logits(family, base_dir):
     x0[0, 5], masked[0, 5] = mask, False  # the mask's own id as data: no loss there
     xt, labels = torch.where(masked, mask, x0), torch.where(masked, x0, IGNORE)
 
-    each = model(input_ids=xt, labels=labels, reduction="none").loss
+    weights = torch.rand(int(masked.sum()), generator=generator)
+    each = model(input_ids=xt, labels=labels, loss_weights=weights)
     expected = F.cross_entropy(model(input_ids=xt).logits[masked], x0[masked], reduction="none")
-    assert len(each) == masked.sum()
-    torch.testing.assert_close(each, expected)
+    torch.testing.assert_close(each.nll, expected)
+    torch.testing.assert_close(each.loss, (weights * expected).sum())
     torch.testing.assert_close(model(input_ids=xt, labels=labels).loss, expected.mean())
     parameters = list(model.parameters())
-    for a, b in zip(torch.autograd.grad(each.sum(), parameters), torch.autograd.grad(expected.sum(), parameters)):
+    for a, b in zip(
+        torch.autograd.grad(each.loss, parameters), torch.autograd.grad((weights * expected).sum(), parameters)
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -69,20 +72,41 @@ def test_no_masked_token_still_reaches_every_parameter(base_dir):
     """Under ZeRO-3 a rank whose batch has no masked token must run the same hooks as the others."""
     model, *_ = adapted(base_dir("llama"))
     ids = torch.zeros(2, 8, dtype=torch.long)
-    model(input_ids=ids, labels=torch.full_like(ids, IGNORE), reduction="none").loss.sum().backward()
+    model(input_ids=ids, labels=torch.full_like(ids, IGNORE)).loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_activation_checkpointing_changes_nothing(base_dir):
+@pytest.mark.parametrize(
+    "settings", [{"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}, {"compile": True}]
+)
+def test_checkpointing_and_compiling_change_nothing(base_dir, settings):
     ids = torch.randint(0, 384, (2, 16), generator=torch.Generator().manual_seed(0))
     labels = torch.full_like(ids, IGNORE)
     labels[:, 3:9] = ids[:, 3:9]
     gradients = []
-    for on in (False, True):
-        model, *_ = adapted(base_dir("llama"), activation_checkpointing=on)
+    for chosen in ({}, settings):
+        model, *_ = adapted(base_dir("llama"), **chosen)
         loss = model.train()(input_ids=ids, labels=labels).loss
         gradients.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_needs_a_gpu_is_refused_here_and_says_what_can_be_had():
+    def check(form="full", **settings):
+        return adapt.check_acceleration(ModelConfig(**settings), {form}, "cpu", torch.float32)
+
+    assert check("bernoulli") == {"bernoulli": "sdpa"}
+    with pytest.raises(UserError, match=r"model\.attention=varlen cannot show the form 'bernoulli'.*sdpa can, or auto"):
+        check("bernoulli", attention="varlen")
+    with pytest.raises(UserError, match="needs CUDA, not cpu; here sdpa can"):
+        check(attention="varlen")
+    with pytest.raises(UserError, match="'flash'; there are: auto, flash_attn, varlen, flex, sdpa"):
+        check(attention="flash")
+    with pytest.raises(UserError, match="loss=liger needs CUDA"):
+        check(loss="liger")
+    with pytest.raises(UserError, match="liger needs CUDA"):
+        check(liger=True)
 
 
 def test_a_label_at_the_first_token_is_refused(base_dir):
