@@ -94,9 +94,9 @@ print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if
 
 
 def test_memory_does_not_grow_with_the_document(tokenizer_dir, tales, tmp_path):
-    """One text file of 60 MB, then one of 180 MB: the same peak within 40 MB."""
+    """One text file of 100 MB, then one of 250 MB: held whole, its text and ids would take 600 MB more."""
     peaks = []
-    for megabytes in (60, 180):
+    for megabytes in (100, 250):
         folder = tmp_path / str(megabytes)
         folder.mkdir()
         story = "\n".join(tales[:100])
@@ -110,4 +110,4 @@ def test_memory_does_not_grow_with_the_document(tokenizer_dir, tales, tmp_path):
         outcome = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
         assert outcome.returncode == 0, outcome.stderr
         peaks.append(int(outcome.stdout.split()[-1]))
-    assert peaks[1] - peaks[0] < 40, peaks
+    assert peaks[1] - peaks[0] < 75, peaks
