@@ -25,7 +25,10 @@ from .config import RunConfig
 FREE = (
     "run_dir",
     "model.attention",
+    "model.loss",
     "model.activation_checkpointing",
+    "model.compile",
+    "model.liger",
     "data.path",
     "data.verify",
     "train.micro_batch_size",

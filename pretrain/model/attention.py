@@ -4,7 +4,7 @@ In: a visibility, once a forward. Out: attention outputs of all layers, through 
 of transformers, so that no model code is copied or patched. The model's own mask is switched off.
 
     backend      forms                          runs on
-    flash_attn   full causal window             CUDA, half precision, with the package flash-attn (2 or 3)
+    flash_attn   full causal window             CUDA, half precision, with the package flash-attn
     varlen       full causal window             CUDA, half precision, torch's own flash kernel
     flex         all                            CUDA
     sdpa         all, with dense masks          anywhere; the reference
@@ -69,10 +69,19 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
 
 @lru_cache
 def _flash_attn():
-    """flash_attn_varlen_func of FlashAttention 3 (package flash_attn_interface), else of 2; None without either."""
-    for package in ("flash_attn_interface", "flash_attn"):
-        if importlib.util.find_spec(package):
-            return getattr(importlib.import_module(package), "flash_attn_varlen_func", None)
+    """(flash_attn_varlen_func, its word for a side without bound) of the newest FlashAttention; None without any.
+
+    4 (flash_attn.cute) from Blackwell on, since before it has no backward pass for varlen or windows;
+    3 (flash_attn_interface); 2 (flash_attn).
+    """
+    packages: list[tuple[str, int | None]] = [("flash_attn_interface", -1), ("flash_attn", -1)]
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10:
+        packages.insert(0, ("flash_attn.cute", None))
+    for package, unbounded in packages:
+        try:
+            return importlib.import_module(package).flash_attn_varlen_func, unbounded
+        except (ImportError, AttributeError):
+            continue
     return None
 
 
@@ -179,7 +188,9 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 def _by_flash_attn(query, key, value, scaling, made: AttentionPlan) -> torch.Tensor:
     s = made.segments
-    output = _flash_attn()(
+    kernel, unbounded = _flash_attn()
+    causal = made.window == (-1, 0)
+    output = kernel(
         _flat(query),
         _flat(key),
         _flat(value),
@@ -188,10 +199,10 @@ def _by_flash_attn(query, key, value, scaling, made: AttentionPlan) -> torch.Ten
         max_seqlen_q=s.max_seqlen,
         max_seqlen_k=s.max_seqlen,
         softmax_scale=scaling,
-        causal=made.window == (-1, 0),
-        window_size=(-1, -1) if made.window == (-1, 0) else made.window,
+        causal=causal,
+        window_size=tuple(unbounded if causal or side < 0 else side for side in made.window),
     )
-    output = output[0] if isinstance(output, tuple) else output  # FlashAttention 3 may give the lse too
+    output = output[0] if isinstance(output, tuple) else output  # 3 and 4 may give the lse too
     return output.unflatten(0, (query.shape[0], query.shape[2]))
 
 
