@@ -5,15 +5,19 @@
     RUN_DIR/checkpoints/step_00000100/         DeepSpeed's files and checkpoint.json
     RUN_DIR/checkpoints/latest                 the name of the newest whole one
 
-A checkpoint is written under a temporary name and renamed, so a folder named step_* is whole.
+A checkpoint is written under a temporary name, hashed, forced to disk and renamed: a folder named step_* is
+whole. A run resumes from the newest one whose files are what checkpoint.json says.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from data_prep.config import UserError, load_config, save_config
@@ -38,12 +42,14 @@ FREE = (
     "validation",
     "wandb",
 )
+PACKAGES = ("torch", "deepspeed", "transformers")
+SPARE = 1.1  # times the newest checkpoint's size that must be free before another is written
 
 
 def check_same_run(config: RunConfig) -> None:
     """Raise UserError when RUN_DIR holds a run whose configuration would compute something else."""
     path = Path(config.run_dir) / "config.yaml"
-    if not path.exists():
+    if not path.exists() or config.checkpoint.allow_changes:
         return
     before, now = (_flat(asdict(c)) for c in (load_config(RunConfig, path), config))
     for key in sorted(before.keys() | now.keys()):
@@ -53,7 +59,7 @@ def check_same_run(config: RunConfig) -> None:
         if not free and before.get(key) != now.get(key):
             raise UserError(
                 f"{config.run_dir} holds a run with {key}={before.get(key)}, but {now.get(key)} was asked for; "
-                "choose another run_dir, or the same value to resume"
+                "choose another run_dir, the same value to resume, or checkpoint.allow_changes=true"
             )
 
 
@@ -67,82 +73,217 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def find(run_dir: str | Path, step: int | None = None) -> tuple[Path, dict] | None:
-    """The newest checkpoint, or that of `step`, with its checkpoint.json; None where there is none.
+def _place() -> tuple[int, int]:
+    """(rank, ranks); alone where there is no process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    Raises UserError if it is damaged.
+
+def _gathered(mine: dict) -> dict:
+    """The union of all ranks' dictionaries."""
+    if _place()[1] == 1:
+        return mine
+    parts = [None] * _place()[1]
+    dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None where its files are what checkpoint.json says. All ranks share the work."""
+    try:
+        files = json.loads((folder / "checkpoint.json").read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{folder / 'checkpoint.json'} cannot be read ({type(error).__name__})"
+    rank, ranks = _place()
+    problems = {}
+    for name, expected in sorted(files.items())[rank::ranks]:
+        path = folder / name
+        size = path.stat().st_size if path.exists() else None
+        if size != expected["bytes"]:
+            found = "missing" if size is None else f"{size} bytes"
+            problems[name] = f"{path}: {found}, expected {expected['bytes']} bytes"
+        elif _sha256(path) != expected["sha256"]:
+            problems[name] = f"{path}: its content changed (sha256)"
+    problems = _gathered(problems)
+    return min(problems.values()) if problems else None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find(run_dir: str | Path, step: int | None = None, say=print) -> tuple[Path, dict] | None:
+    """The newest checkpoint that verifies, or that of `step`, with its checkpoint.json; None where there is none.
+
+    `say` hears of each that is skipped, and why. Raises UserError when none of those there are verifies. All
+    ranks call it together.
     """
     root = Path(run_dir) / "checkpoints"
+    folders = sorted((f for f in root.glob("step_*") if f.name.count(".") == 0), reverse=True)
     if step is not None:
-        folder = root / f"step_{step:08d}"
-    elif (root / "latest").exists():
-        folder = root / (root / "latest").read_text().strip()
-    else:
-        return None
-    if not (folder / "checkpoint.json").exists():
-        if step is not None and not folder.exists():
-            return None
-        raise UserError(f"{folder} is not there or not whole; write the name of another step_* into {root / 'latest'}")
-    about = json.loads((folder / "checkpoint.json").read_text())
-    for name, size in about["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).exists() else None
-        if found != size:
-            raise UserError(
-                f"{folder / name}: {'missing' if found is None else f'{found} bytes'}, expected {size} bytes; "
-                f"write the name of an older checkpoint into {root / 'latest'} to resume from that"
-            )
-    return folder, about
+        folders = [f for f in folders if f.name == f"step_{step:08d}"]
+    for folder in folders:
+        problem = problem_of(folder)
+        if problem is None:
+            return folder, json.loads((folder / "checkpoint.json").read_text())
+        if step is None:
+            say(f"{folder.name} is skipped: {problem}")
+    if folders:
+        raise UserError(f"no checkpoint in {root} can be used; the last looked at: {problem}")
+    return None
 
 
-def save(engine, config: RunConfig, step: int, state: dict) -> Path:
-    """Save after `step` steps; all ranks call it together. `state` is kept in checkpoint.json."""
-    folder = Path(config.run_dir) / "checkpoints" / f"step_{step:08d}"
+def save(engine, config: RunConfig, step: int, state: dict) -> Path | None:
+    """Save after `step` steps; all ranks call it together. `state` is kept in checkpoint.json.
+
+    None where the disk has no room for another: the run goes on with the checkpoints that it has.
+    """
+    root = Path(config.run_dir) / "checkpoints"
+    folder = root / f"step_{step:08d}"
     temporary = folder.with_name(folder.name + ".tmp")
-    leader = dist.get_rank() == 0
-    if leader:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-    dist.barrier()
-    engine.save_checkpoint(str(folder.parent), tag=temporary.name, save_latest=False)
-    dist.barrier()
-    if leader:
-        files = {str(f.relative_to(temporary)): f.stat().st_size for f in sorted(temporary.rglob("*")) if f.is_file()}
+    rank, ranks = _place()
+    if rank == 0:
+        for old in root.glob("step_*.tmp"):  # of a process that was killed
+            shutil.rmtree(old, ignore_errors=True)
+        root.mkdir(parents=True, exist_ok=True)
+    short = _gathered({"short": _missing_bytes(root) if rank == 0 else 0} if rank == 0 else {})["short"]
+    if short > 0:
+        if rank == 0:
+            print(f"warning: step {step} is not saved: {root} lacks {short / 1e9:.1f} GB of free space", flush=True)
+        return None
+    _barrier()
+    engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
+    _barrier()
+    names = sorted(f for f in temporary.rglob("*") if f.is_file())
+    files = {}
+    for path in names[rank::ranks]:
+        _force_to_disk(path)
+        files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    files = _gathered(files)
+    if rank == 0:
         about = {
             "step": step,
-            "world_size": dist.get_world_size(),
+            "world_size": ranks,
             "zero_stage": engine.zero_optimization_stage(),
+            "versions": {name: version(name) for name in PACKAGES},
             **state,
-            "files": files,
+            "files": dict(sorted(files.items())),
         }
         write_atomically(temporary / "checkpoint.json", json.dumps(about, indent=1).encode())
+        _force_to_disk(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        write_atomically(folder.parent / "latest", folder.name.encode())
-        whole = sorted(f for f in folder.parent.glob("step_*") if not f.name.endswith(".tmp"))
-        for old in whole[: -config.checkpoint.keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+        _force_to_disk(root)
+        write_atomically(root / "latest", folder.name.encode())
+        _forget(root, config)
+    _barrier()
     return folder
 
 
-def load(engine, run_dir: str | Path) -> int:
-    """Restore the newest checkpoint into `engine`; returns its step, 0 where there is none.
+def _missing_bytes(root: Path) -> float:
+    """How much more space another checkpoint needs than there is, going by the newest; not above 0: enough."""
+    sizes = []
+    for about in sorted(root.glob("step_*/checkpoint.json")):
+        sizes = [file["bytes"] for file in json.loads(about.read_text())["files"].values()]
+    return SPARE * sum(sizes) - shutil.disk_usage(root).free
 
-    Raises UserError when it was written by another number of ranks or another ZeRO stage.
+
+def _force_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _forget(root: Path, config: RunConfig) -> None:
+    """Delete all but the newest `keep`, and those of every `keep_every` steps."""
+    whole = sorted(f for f in root.glob("step_*") if "." not in f.name)
+    for old in whole[: -config.checkpoint.keep]:
+        every = config.checkpoint.keep_every
+        if not every or int(old.name.removeprefix("step_")) % every:
+            shutil.rmtree(old)
+    for converted in root.glob("step_*.universal"):
+        shutil.rmtree(converted, ignore_errors=True)
+
+
+def _barrier() -> None:
+    if _place()[1] > 1:
+        dist.barrier()
+
+
+def resumption(config: RunConfig, ds_config: dict, say=print) -> tuple[Path, dict] | None:
+    """What to resume from, before the engine is built: (folder to load, its checkpoint.json), or None.
+
+    Where the number of ranks has changed, the checkpoint is converted to DeepSpeed's universal format beside
+    it, and `ds_config` is told to load that. Raises UserError for another ZeRO stage.
     """
-    found = find(run_dir)
+    found = find(config.run_dir, say=say)
+    if found is None:
+        return None
+    folder, about = found
+    stage = ds_config["zero_optimization"]["stage"]
+    if about["zero_stage"] != stage:
+        raise UserError(
+            f"{folder} was written with ZeRO stage {about['zero_stage']}, now {stage}; take that --deepspeed_config, "
+            "or export the checkpoint and adapt the export"
+        )
+    ranks = _place()[1]
+    if about["world_size"] == ranks or stage == 0:
+        return folder, about
+    universal = folder.with_name(folder.name + ".universal")
+    say(f"{folder.name} was written by {about['world_size']} ranks, now {ranks}: made a universal checkpoint")
+    if _place()[0] == 0:
+        _convert(folder, universal)
+    _barrier()
+    ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}
+    return universal, about
+
+
+def _convert(folder: Path, universal: Path) -> None:
+    """By DeepSpeed's own converter."""
+    import subprocess
+    import sys
+
+    if universal.exists():
+        shutil.rmtree(universal)
+    temporary = universal.with_name(universal.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(folder), "--output_folder", str(temporary)]
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    outcome = subprocess.run(command, text=True, capture_output=True, env=clean, check=False)
+    if outcome.returncode:
+        raise UserError(f"{folder} could not be converted for another number of ranks: {outcome.stderr[-500:]}")
+    os.replace(temporary, universal)
+
+
+def load(engine, found: tuple[Path, dict] | None) -> int:
+    """Restore what `resumption` found into `engine`; returns its step, 0 where there is none."""
     if found is None:
         return 0
     folder, about = found
-    for key, now, owner in (
-        ("world_size", dist.get_world_size(), "ranks"),
-        ("zero_stage", engine.zero_optimization_stage(), "as ZeRO stage"),
-    ):
-        if about[key] != now:
-            raise UserError(f"{folder} was written with {about[key]} {owner}, now {now}; start with {about[key]} again")
+    groups = getattr(engine.optimizer, "optimizer", engine.optimizer).param_groups
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise UserError(f"DeepSpeed found nothing to load in {folder}")
+    if folder.name.endswith(".universal"):
+        _mend(getattr(engine.optimizer, "optimizer", engine.optimizer), settings)
     return about["step"]
+
+
+def _mend(optimizer, settings: list[dict]) -> None:
+    """Undo what DeepSpeed 0.19 does to a universal checkpoint at stage 3.
+
+    It gives every parameter group the settings of the first, weight decay too, and all states one and
+    the same step tensor, which then counts once for each of them.
+    """
+    for group, before in zip(optimizer.param_groups, settings):
+        group.update(before)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def write_run(config: RunConfig, tokenizer, model_config) -> None:

@@ -41,6 +41,9 @@ class DiffusionConfig:
     eps: float = 1e-3  # smallest time
     # Loss per masked token (the authors' code) or per maskable token (the NELBO), of the global batch.
     normalize_by: Literal["masked", "maskable"] = "masked"
+    # t of each sample: independent (the paper's), one in each of as many equal parts of (eps, 1) as the global batch
+    # has rows, or pairs: each sample twice in a batch, with a mask and its complement, t and 1 - t.
+    times: Literal["independent", "stratified", "complementary"] = "independent"
 
 
 @dataclass
@@ -82,6 +85,8 @@ class OptimizerConfig:
 class CheckpointConfig:
     every: int = 1000  # steps; 0: only at the end
     keep: int = 2  # newest checkpoints kept; 0: save none
+    keep_every: int = 0  # steps whose multiples are kept for good; 0: none
+    allow_changes: bool = False  # resume although the configuration computes something else
 
 
 @dataclass
@@ -148,6 +153,7 @@ def check_run(config: RunConfig) -> None:
     not_negative = {
         "checkpoint.every": c.checkpoint.every,
         "checkpoint.keep": c.checkpoint.keep,
+        "checkpoint.keep_every": c.checkpoint.keep_every,
         "validation.rows": c.validation.rows,
         "train.max_minutes": c.train.max_minutes,
         "validation.every": c.validation.every,
@@ -163,6 +169,10 @@ def check_run(config: RunConfig) -> None:
             raise UserError(f"{name} is {value}, expected 0 or more")
     if c.train.tokens is not None and c.train.tokens <= 0:
         raise UserError(f"train.tokens is {c.train.tokens}, expected more than 0, or null")
+    if c.diffusion.times == "complementary" and c.train.global_batch_size % 2:
+        raise UserError(
+            f"train.global_batch_size is {c.train.global_batch_size}; diffusion.times=complementary needs pairs"
+        )
     if not 0 < c.diffusion.eps < 1:
         raise UserError(f"diffusion.eps is {c.diffusion.eps}, expected a time between 0 and 1")
     for name, value in (

@@ -21,6 +21,7 @@ from .model.modeling_diffullama import IGNORE
 # What a random stream is for; with (seed, n) it names the stream, so no two uses share one.
 NOISE, ORDER, VALIDATION = range(3)
 LONGEST_PATTERN = 1_000_000
+STRATA = 1 << 60  # the permutations of strata begin here, far from those of epochs
 
 
 def stream(seed: int, n: int, purpose: int) -> np.random.Generator:
@@ -98,6 +99,7 @@ class Batch:
 class TrainData:
     """Samples of a corpus in their global order.
 
+    `times` is diffusion.times of the run configuration; what is not independent looks at the global batch.
     Raises UserError for a corpus without the manifest's sources or with weights for unknown ones.
     """
 
@@ -109,6 +111,8 @@ class TrainData:
         weights: dict[str, float] | None = None,
         isolated: bool = False,
         eps: float = EPS,
+        times: str = "independent",
+        global_batch: int = 1,
     ):
         manifest = Manifest.load(path)
         chosen = weights or {source.name: source.weight for source in manifest.sources}
@@ -123,6 +127,7 @@ class TrainData:
                 raise UserError(f"{path}: source {name} has no training rows")
         self.seq_len, self.seed, self.tokenizer = manifest.seq_len, seed, manifest.tokenizer
         self.mask_token_id, self.isolated, self.eps = mask_token_id, isolated, eps
+        self.times, self.global_batch = times, global_batch
         self._pattern = mixture_pattern([chosen[name] for name in self.names])
         self._per_period = np.bincount(self._pattern, minlength=len(self.names))
         self._rank = np.empty_like(self._pattern)  # how many of the same source stand before, in the period
@@ -139,9 +144,24 @@ class TrainData:
 
     def sample(self, n: int) -> Sample:
         """The n-th sample of the run, with its noise."""
-        source, _, row = self.place(n)
-        noise = stream(self.seed, n, NOISE)
-        return self._corrupted(self.train[source].row(row), sample_time(noise.random(), self.eps), noise)
+        pairs = self.times == "complementary"
+        source, _, row = self.place(n // 2 if pairs else n)
+        noise = stream(self.seed, n // 2 if pairs else n, NOISE)
+        u = noise.random()
+        if self.times == "stratified":
+            step, i = divmod(n, self.global_batch)
+            u = (permute(i, self.global_batch, self.seed, STRATA + step) + u) / self.global_batch
+        if not pairs:
+            return self._corrupted(self.train[source].row(row), sample_time(u, self.eps), noise)
+        t = self.eps + (1 - 2 * self.eps) * u  # so that 1 - t is a time too
+        return self._corrupted(self.train[source].row(row), t, noise, complement=n % 2 == 1)
+
+    def consumed(self, count: int) -> dict[str, int]:
+        """Rows of each source among the first `count` samples; a pair of complementary masks is one row."""
+        count = -(-count // 2) if self.times == "complementary" else count
+        periods, rest = divmod(count, len(self._pattern))
+        rows = periods * self._per_period + np.bincount(self._pattern[:rest], minlength=len(self.names))
+        return dict(zip(self.names, rows.tolist()))
 
     def validation_samples(self, rows: int, time: float | None = None) -> list[Sample]:
         """Up to `rows` validation rows a source on noise that depends on nothing but the row's number.
@@ -158,7 +178,8 @@ class TrainData:
                 samples.append(self._corrupted(source.row(i * len(source) // count), t, noise))
         return samples
 
-    def _corrupted(self, row: tuple[np.ndarray, np.ndarray], t: float, noise: np.random.Generator) -> Sample:
+    def _corrupted(self, row, t: float, noise: np.random.Generator, complement: bool = False) -> Sample:
+        """`complement`: what the same noise leaves unmasked at t is masked, at time 1 - t."""
         x0, lengths = row[0].astype(np.int64), row[1].astype(np.int64)
         padding = self.seq_len - int(lengths.sum())  # at the end of a row that best_fit could not fill
         if padding:
@@ -166,6 +187,9 @@ class TrainData:
         maskable = maskable_positions(lengths, self.isolated)
         maskable[self.seq_len - padding :] = False
         xt, masked = corrupt(x0, maskable, np.float64(t), noise.random(self.seq_len), self.mask_token_id)
+        if complement:
+            masked = maskable & ~masked
+            xt, t = np.where(masked, self.mask_token_id, x0), 1 - t
         return Sample(x0, xt, masked, maskable, float(t), lengths)
 
 

@@ -87,7 +87,13 @@ def dry_run(args: argparse.Namespace, config: RunConfig, dtype: str) -> None:
 
 
 def launch_environment() -> int:
-    """Fill in what a launcher would set, for a plain `python pretrain/main.py`; returns the world size."""
+    """Fill in what a launcher would set, for srun or a plain `python pretrain/main.py`; returns the world size."""
+    step = os.environ.get("SLURM_STEP_NUM_TASKS")  # set by srun, one process a task, and not in the batch script
+    if step and "RANK" not in os.environ:
+        os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": step}
+        os.environ |= {"LOCAL_RANK": os.environ["SLURM_LOCALID"]}
+        a_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", step)  # such as 8(x4)
+        os.environ.setdefault("LOCAL_WORLD_SIZE", a_node.partition("(")[0].partition(",")[0])
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -99,7 +105,8 @@ def launch_environment() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code. Raises UserError."""
     config = load_config(RunConfig, packaged(args.config), args.overrides)
     check_run(config)
     import torch
@@ -108,7 +115,8 @@ def run(args: argparse.Namespace) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dtype = fast_dtype() if config.model.dtype == "auto" else config.model.dtype
     if args.dry_run:
-        return dry_run(args, config, dtype)
+        dry_run(args, config, dtype)
+        return 0
 
     from pretrain import adapt, checkpoint, deepspeed_config
 
@@ -147,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
     from pretrain.trainer import train
 
     try:
-        train(config, base, tokenizer, mask_token_id, ds_config)
+        return train(config, base, tokenizer, mask_token_id, ds_config)
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
@@ -155,12 +163,11 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        run(arguments(argv))
+        return run(arguments(argv))
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ In: a checked run configuration and DeepSpeed's. Out: RUN_DIR with metrics and c
 stopped continues where its newest checkpoint stands.
 """
 
+import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from .telemetry import Telemetry
 from .validation import validate
 
 STOPS = 2  # kinds of StopRequest
+STOPPED = 75  # exit code of a run that was asked to stop: the same command goes on
 
 
 def build_engine(config: RunConfig, base_config, mask_token_id: int, ds_config: dict):
@@ -102,8 +104,11 @@ def unpartitioned_norm(engine) -> torch.Tensor | float:
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
-def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_config: dict) -> None:
-    """Run to the end, from the newest checkpoint if there is one. All ranks call it together."""
+def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_config: dict) -> int:
+    """Run to the end, from the newest checkpoint if there is one. All ranks call it together.
+
+    Returns the exit code: STOPPED where a signal or the clock ended it before its last step, else 0.
+    """
     stop = StopRequest(config.train.max_minutes)
     world, rank = dist.get_world_size(), dist.get_rank()
     shape = config.train
@@ -114,9 +119,12 @@ def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_conf
         weights=config.data.weights,
         isolated=config.data.isolate_documents,
         eps=config.diffusion.eps,
+        times=config.diffusion.times,
+        global_batch=shape.global_batch_size,
     )
     steps = total_steps(config, data.seq_len)
     tokens_per_step = shape.global_batch_size * data.seq_len
+    found = checkpoint.resumption(config, ds_config, say=lambda text: rank == 0 and print(text, flush=True))
     engine = build_engine(config, base_config, mask_token_id, ds_config)
     special = data.tokenizer["special_ids"]
     engine.module.config.diffusion = {
@@ -127,7 +135,7 @@ def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_conf
     }
     if rank == 0:
         checkpoint.write_run(config, tokenizer, engine.module.config)
-    start = checkpoint.load(engine, config.run_dir)
+    start = checkpoint.load(engine, found)
     log = Telemetry(config, start, steps, enabled=rank == 0)
     if start:
         log.say(f"{config.run_dir}: {'complete at' if start >= steps else 'resuming from'} step {start} of {steps}")
@@ -143,7 +151,7 @@ def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_conf
 
     with ThreadPoolExecutor(1) as reader:  # the next step's data are read while this one computes
         sizes = (shape.global_batch_size, shape.micro_batch_size, rank, world)
-        upcoming = reader.submit(step_data, data, start, *sizes)
+        upcoming, stopping, done = reader.submit(step_data, data, start, *sizes), 0, start
         for step in range(start, end):
             part, upcoming = upcoming.result(), reader.submit(step_data, data, step + 1, *sizes)
             began = time.perf_counter()
@@ -159,15 +167,18 @@ def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_conf
             log.log(record)
             last = done == end or stopping
             if config.checkpoint.keep and (last or (config.checkpoint.every and done % config.checkpoint.every == 0)):
-                checkpoint.save(engine, config, done, {**saved, "tokens": record["tokens"]})
+                consumed = data.consumed(done * shape.global_batch_size)
+                checkpoint.save(engine, config, done, {**saved, "tokens": record["tokens"], "rows": consumed})
             if stopping and done < steps:
                 log.say(f"{stop.reason or 'another rank'} asked to stop; saved step {done} of {steps}")
                 break
     log.close()
+    dist.barrier()  # a launcher kills the others when one leaves with a code
+    return STOPPED if stopping and done < steps else 0
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 or the clock ask for a stop after the step in hand."""
+    """SIGTERM, SIGUSR1 or the clock ask for a stop after the step in hand; a second signal stops at once."""
 
     CLOCK, SIGNAL = 1, 2
 
@@ -178,6 +189,8 @@ class StopRequest:
             signal.signal(number, self._received)
 
     def _received(self, number: int, frame) -> None:
+        if self.reason in ("SIGTERM", "SIGUSR1"):
+            os._exit(128 + number)
         self.reason = signal.Signals(number).name
 
     def __int__(self) -> int:

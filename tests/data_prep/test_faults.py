@@ -73,8 +73,9 @@ def test_interrupted_says_how_to_go_on(job, tmp_path):
     prepare(make(tmp_path / "whole", **small), progress=False)
     out = Path(make(tmp_path, **small).output_dir)
     with subprocess.Popen(
-        command(tmp_path), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as process:
+        command(tmp_path), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    ) as process:  # fmt: skip
         while process.poll() is None and not list(out.glob(".work/*.json")):
             time.sleep(0.001)
         process.send_signal(signal.SIGINT)

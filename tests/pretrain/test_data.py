@@ -125,3 +125,49 @@ def test_validation_noise_never_changes(corpus_dir, data):
 def test_unknown_source(corpus_dir):
     with pytest.raises(UserError, match=r"data.weights names \['nope'\]; .* has \['long', 'short'\]"):
         TrainData(str(corpus_dir), MASK, seed=0, weights={"nope": 1.0})
+
+
+def test_stratified_times_fill_every_part_once_a_batch(corpus_dir):
+    size = 16
+    data = TrainData(str(corpus_dir), MASK, seed=3, times="stratified", global_batch=size)
+    orders = []
+    for step in range(4):
+        t = np.array([data.sample(n).t for n in range(step * size, (step + 1) * size)])
+        parts = np.floor((t - data.eps) / (1 - data.eps) * size).astype(int)
+        assert sorted(parts) == list(range(size))
+        orders.append(parts.tolist())
+    assert len(set(map(tuple, orders))) == 4  # which row gets which part changes
+
+
+def test_complementary_masks_mask_every_token_once_a_pair(corpus_dir):
+    data = TrainData(str(corpus_dir), MASK, seed=3, times="complementary", global_batch=8)
+    for n in range(0, 40, 2):
+        a, b = data.sample(n), data.sample(n + 1)
+        np.testing.assert_array_equal(a.x0, b.x0)
+        np.testing.assert_array_equal(a.masked ^ b.masked, a.maskable)
+        assert not (a.masked & b.masked).any() and a.t + b.t == pytest.approx(1)
+        assert min(a.t, b.t) >= data.eps
+        for s in (a, b):
+            np.testing.assert_array_equal(s.xt, np.where(s.masked, MASK, s.x0))
+    assert data.place(0) == TrainData(str(corpus_dir), MASK, seed=3).place(0)
+
+
+@pytest.mark.parametrize("times", ["independent", "stratified", "complementary"])
+def test_times_are_uniform_and_masks_have_their_share(corpus_dir, times):
+    data = TrainData(str(corpus_dir), MASK, seed=5, times=times, global_batch=8)
+    samples = [data.sample(n) for n in range(800)]
+    t = np.sort([s.t for s in samples])
+    assert np.abs(t - (np.arange(800) + 0.5) / 800).max() < 0.07  # Kolmogorov-Smirnov
+    masked = sum(s.masked.sum() for s in samples)
+    expected = sum(s.t * s.maskable.sum() for s in samples)
+    assert masked == pytest.approx(expected, rel=0.03)
+
+
+def test_what_was_consumed_is_what_was_drawn(corpus_dir):
+    for times in ("independent", "complementary"):
+        data = TrainData(str(corpus_dir), MASK, seed=3, times=times, global_batch=2)
+        for count in (0, 2, 10, 126):
+            rows = {n // 2 if times == "complementary" else n for n in range(count)}
+            sources = [data.place(n)[0] for n in rows]
+            found = {name: sources.count(i) for i, name in enumerate(data.names)}
+            assert data.consumed(count) == found

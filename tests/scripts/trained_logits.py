@@ -14,13 +14,15 @@ ids_file, out_file, arguments = sys.argv[1], sys.argv[2], sys.argv[4:]
 
 
 def instead_of_training(config, base, tokenizer, mask_token_id, ds_config):
+    found = checkpoint.resumption(config, ds_config)
     engine = trainer.build_engine(config, base, mask_token_id, ds_config)
-    assert checkpoint.load(engine, config.run_dir) > 0
+    assert checkpoint.load(engine, found) > 0
     engine.eval()
     with torch.no_grad():
         logits = engine(input_ids=torch.load(ids_file)).logits
     if dist.get_rank() == 0:
         torch.save(logits, out_file)
+    return 0
 
 
 trainer.train = instead_of_training

@@ -1,0 +1,144 @@
+"""What a cluster does to runs: other numbers of ranks, damaged and missing files, a full disk."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, launch
+
+from pretrain.telemetry import read_metrics
+
+COMPARED = ("loss", "masked_ce", "grad_norm", "lr")
+
+
+def run(ranks: int, arguments: list[str], expected: int = 0) -> str:
+    outcome = launch(ranks, arguments, launcher="torchrun" if ranks > 1 else "python")
+    assert outcome.returncode == expected, outcome.stdout[-1000:] + outcome.stderr[-3000:]
+    return outcome.stdout + outcome.stderr
+
+
+def assert_close(a: list[dict], b: list[dict], rel: float) -> None:
+    assert [m["step"] for m in a] == [m["step"] for m in b]
+    for x, y in zip(a[1:], b[1:]):
+        for key in COMPARED:
+            assert x[key] == pytest.approx(y[key], rel=rel), (x["step"], key)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_on_other_numbers_of_ranks_it_goes_on_the_same(tiny_run, stage):
+    """Two ranks, then one, then two: the losses of a run that never changed."""
+    whole_arguments, whole = tiny_run(f"whole{stage}", stage=stage, **{"train.steps": 6})
+    run(2, whole_arguments)
+    arguments, folder = tiny_run(f"elastic{stage}", stage=stage, **{"train.steps": 6, "train.exit_interval": 2})
+    for ranks in (2, 1, 2):
+        output = run(ranks, arguments)
+    assert stage == 0 or "was written by 1 ranks, now 2" in output
+    assert_close(read_metrics(whole), read_metrics(folder), 1e-5)
+    assert not list((folder / "checkpoints").glob("*.universal"))
+
+
+def test_another_zero_stage_is_refused(tiny_run):
+    arguments, _ = tiny_run("stage", stage=1, **{"train.steps": 2, "train.exit_interval": 1})
+    run(1, arguments)
+    other, _ = tiny_run("stage", stage=3, **{"train.steps": 2, "train.exit_interval": 1})
+    assert "was written with ZeRO stage 1, now 3" in run(1, other, expected=2)
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "missing file", "no checkpoint.json"])
+def test_a_damaged_checkpoint_is_skipped_and_named(tiny_run, damage):
+    name = damage.replace(" ", "_")
+    settings = {"checkpoint.every": 1, "train.steps": 4}
+    whole_arguments, whole = tiny_run(f"{name}_whole", **settings)
+    run(1, whole_arguments)
+    arguments, folder = tiny_run(name, **settings, **{"train.exit_interval": 3})
+    run(1, arguments)
+    newest = folder / "checkpoints" / "step_00000003"
+    about = json.loads((newest / "checkpoint.json").read_text())
+    victim = newest / next(file for file in about["files"] if "optim" in file)
+    if damage == "flipped byte":
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    else:
+        (victim if damage == "missing file" else newest / "checkpoint.json").unlink()
+    output = run(1, arguments)
+    assert "step_00000003 is skipped:" in output and "resuming from step 2" in output
+    assert_close(read_metrics(whole), read_metrics(folder), 0)
+
+
+def test_when_none_can_be_used_nothing_is_overwritten(tiny_run):
+    arguments, folder = tiny_run("none", **{"train.steps": 2, "train.exit_interval": 1})
+    run(1, arguments)
+    about = folder / "checkpoints" / "step_00000001" / "checkpoint.json"
+    content = about.read_text()
+    about.write_text("{")
+    assert "no checkpoint in" in run(1, arguments, expected=2)
+    about.write_text(content)
+    run(1, arguments)
+    assert read_metrics(folder)[-1]["step"] == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount the small file system that gets full")
+def test_without_room_for_another_checkpoint_training_goes_on(tiny_run, tmp_path):
+    _, folder = tiny_run("disk", **{})
+    (folder / "checkpoints").mkdir(parents=True)
+    arguments, _ = tiny_run("disk", **{"train.steps": 3, "checkpoint.every": 1, "checkpoint.keep": 3})
+    probe_arguments, probe = tiny_run("disk_probe", **{"train.steps": 1})
+    run(1, probe_arguments)
+    size = sum(f.stat().st_size for f in (probe / "checkpoints").rglob("*") if f.is_file())
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(size * 1.6)}", "tmpfs", str(folder / "checkpoints")], check=True
+    )
+    try:
+        output = run(1, arguments)
+        assert "warning: step 2 is not saved" in output and "warning: step 3 is not saved" in output
+        assert read_metrics(folder)[-1]["step"] == 3
+        assert [f.name for f in (folder / "checkpoints").glob("step_*")] == ["step_00000001"]
+    finally:
+        subprocess.run(["umount", str(folder / "checkpoints")], check=True)
+
+
+def test_some_checkpoints_are_kept_for_good(tiny_run):
+    settings = {"checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 2, "train.steps": 5}
+    arguments, folder = tiny_run("keep_every", **settings)
+    run(1, arguments)
+    kept = sorted(f.name for f in (folder / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000002", "step_00000004", "step_00000005"]
+    about = json.loads((folder / "checkpoints" / kept[0] / "checkpoint.json").read_text())
+    assert sum(about["rows"].values()) == 2 * 8 and about["versions"]["torch"]
+
+
+def test_a_changed_configuration_needs_a_word(tiny_run):
+    arguments, folder = tiny_run("changed", **{"train.steps": 2, "train.exit_interval": 1})
+    run(1, arguments)
+    assert "checkpoint.allow_changes=true" in run(1, [*arguments, "optimizer.lr=0.5"], expected=2)
+    run(1, [*arguments, "optimizer.lr=0.5", "checkpoint.allow_changes=true"])
+    assert read_metrics(folder)[-1]["step"] == 2
+
+
+def test_killed_at_any_moment_it_ends_the_same(tiny_run):
+    """kill -9 of the whole group, at five moments, checkpoints every step."""
+    import random
+    import signal
+    import time
+
+    settings = {"train.steps": 12, "checkpoint.every": 1}
+    whole_arguments, whole = tiny_run("kill_whole", **settings)
+    run(1, whole_arguments)
+    arguments, folder = tiny_run("kill", **settings)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    rng = random.Random(0)
+    for target in (1, 3, 5, 7, 9):
+        with subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        ) as process:  # fmt: skip
+            while process.poll() is None and not any(m["step"] >= target for m in read_metrics(folder)[-1:]):
+                time.sleep(0.002)
+            time.sleep(rng.random() * 0.3)  # in a step, or while it saves
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    run(1, arguments)
+    assert_close(read_metrics(whole), read_metrics(folder), 0)

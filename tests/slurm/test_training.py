@@ -1,0 +1,48 @@
+"""`sbatch slurm/diffullama_7b.sh` over two nodes, requeued in the middle, ends like an undisturbed run."""
+
+import time
+
+import pytest
+from conftest import launch
+
+from pretrain.telemetry import read_metrics
+
+SMALL = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10"]
+
+
+@pytest.fixture
+def small(tiny_run):
+    """Overrides that make the 7B job a tiny one, and its run folder."""
+
+    def arguments(name: str):
+        settings = {"train.steps": 80, "checkpoint.every": 30, "wandb.mode": "disabled"}
+        found, folder = tiny_run(name, "llama", 3, **settings)
+        return found[found.index("--deepspeed_config") + 2 :], folder
+
+    return arguments
+
+
+def test_requeued_in_the_middle_it_ends_the_same(cluster, small, tmp_path):
+    (tmp_path / "config.yaml").write_text("{}\n")
+    environment = {
+        "CONFIG": str(tmp_path / "config.yaml"), "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    overrides, folder = small("slurm")
+    job = cluster.submit(*SMALL, "slurm/diffullama_7b.sh", *overrides, **environment)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(folder)) < 10:
+        assert time.monotonic() < deadline, cluster.output(job)
+        time.sleep(0.1)
+    cluster.run("scontrol", "requeue", job)
+    cluster.wait(job, "PENDING", "RUNNING")
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    assert "resuming from step" in cluster.output(job), cluster.output(job)
+
+    undisturbed, other = small("undisturbed")
+    outcome = launch(2, ["pretrain/main.py", "--config", environment["CONFIG"],
+                         "--deepspeed_config", "ds_configs/zero3.json", *undisturbed])  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    a, b = read_metrics(folder), read_metrics(other)
+    assert [m["step"] for m in a] == [m["step"] for m in b] == list(range(81))
+    assert a[-1]["loss"] == b[-1]["loss"] and a[-1]["val_nelbo"] == b[-1]["val_nelbo"]
