@@ -33,7 +33,7 @@ lint: setup ## ruff
 	$(BIN)/ruff format --check .
 
 test: lint ## lint and all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .venv-bench/.installed: benchmarks/peers.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench

@@ -33,7 +33,7 @@ from pretrain.trainer import visibility_at
 
 LENGTH, ROWS, VOCABULARY = 256, 8, 4096
 TIMES = (0.15, 0.5, 0.9)
-RATES = (2e-3, 6e-3)
+RATES = (7e-4, 2e-3)
 SEEDS = (1, 2, 3)
 SETTINGS = {
     # name: overrides of the run configuration; annealed over the first half unless said otherwise
@@ -139,11 +139,11 @@ def losses(model, batch, visibility: Visibility, weights, shift: bool):
 
 
 @torch.no_grad()
-def validate(model, data: TrainData, shift: bool, rows: int = 128) -> dict[str, float]:
-    """Held-out masked CE at TIMES, bidirectionally, on noise that never changes."""
+def validate(model, data: TrainData, shift: bool, rows: int = 192, times=TIMES) -> dict[str, float]:
+    """Held-out masked CE at `times`, bidirectionally, on noise that never changes."""
     model.eval()
     found = {}
-    for t in TIMES:
+    for t in times:
         samples, total, count = data.validation_samples(rows, t), 0.0, 0
         for first in range(0, len(samples), ROWS):
             batch = collate(samples[first : first + ROWS], False)
@@ -169,7 +169,7 @@ def adapt(name: str, rate: float, seed: int, shards: str, base: dict, out: Path,
     began = time.monotonic()
     for step in range(steps):
         if step % max(1, steps // 8) == 0:
-            curve.append([step * ROWS * LENGTH, validate(model, data, shift)["t0.5"]])
+            curve.append([step * ROWS * LENGTH, validate(model, data, shift, 48, (0.5,))["t0.5"]])
         part = step_data(data, step, ROWS, ROWS, 0, 1)
         batch = part.batches[0]
         visibility = visibility_at(config, step, LENGTH)
@@ -185,7 +185,7 @@ def adapt(name: str, rate: float, seed: int, shards: str, base: dict, out: Path,
         "first_norm": norms[0], "max_norm": max(norms), "late_norm": statistics.median(norms[steps // 2 :]),
         "moved": statistics.mean(moved), "minutes": (time.monotonic() - began) / 60,
     }  # fmt: skip
-    result["curve"] = [*curve, [result["tokens"], result["t0.5"]]]
+    result["curve"] = [*curve, [result["tokens"], validate(model, data, shift, 48, (0.5,))["t0.5"]]]
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result))
     print(
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("text", nargs="+", help="JSONL with a field `text`")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--base_steps", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     shards = corpus(args.text, args.out)

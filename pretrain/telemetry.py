@@ -4,6 +4,7 @@ In: one dict of numbers a step. Out: RUN_DIR/metrics.jsonl, one JSON object a li
 """
 
 import json
+import time
 import uuid
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .config import RunConfig
+
+# What depends on the machine; everything else in metrics.jsonl is a function of configuration and data.
+MACHINE = ("tokens_per_second", "tokens_per_second_per_gpu", "data_wait", "peak_memory_gib", "mfu")
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
@@ -36,6 +40,7 @@ class Telemetry:
             return
         run_dir = Path(config.run_dir)
         path = run_dir / "metrics.jsonl"
+        self._heartbeat = run_dir / "heartbeat"  # for watchdogs: the last step, and when it ended
         kept = [record for record in read_metrics(run_dir) if record["step"] <= start]
         path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
@@ -63,6 +68,7 @@ class Telemetry:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        self._heartbeat.write_text(json.dumps({"step": record["step"], "time": time.time()}))
         if self._wandb is not None:
             self._wandb.log(record, step=record["step"])
         if "loss" in record:

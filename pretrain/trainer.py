@@ -5,6 +5,7 @@ stopped continues where its newest checkpoint stands.
 """
 
 import os
+import resource
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +20,14 @@ from . import adapt, checkpoint
 from .config import RunConfig, total_steps
 from .data import StepData, TrainData, step_data
 from .diffusion import annealed_width, annealing_progress, loss_weights
+from .flops import peak_flops, step_flops, visible_share
 from .model.visibility import Visibility
 from .optimization import learning_rate, parameter_groups
 from .telemetry import Telemetry
 from .validation import validate
 
 STOPS = 2  # kinds of StopRequest
+BUCKETS = (0.25, 0.5, 0.75, 1.0)  # upper ends: the training loss is flat over steps because t is random, not so here
 STOPPED = 75  # exit code of a run that was asked to stop: the same command goes on
 
 
@@ -68,7 +71,10 @@ def train_step(
     state = visibility_at(config, step, part.batches[0].xt.shape[1])
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    sums = torch.zeros(3 + STOPS, dtype=torch.float64, device=device)  # of nll/t, nll; ranks by why they want to stop
+    # sums of nll/t and nll; ranks by why they want to stop; nll and number of masked tokens by bucket of t
+    sums = torch.zeros(3 + STOPS + 2 * len(BUCKETS), dtype=torch.float64, device=device)
+    by_bucket = sums[3 + STOPS :].view(2, -1)
+    edges = torch.tensor(BUCKETS[:-1], device=device)
     for batch in part.batches:
         batch = batch.to(device)
         output = engine(
@@ -84,15 +90,22 @@ def train_step(
         engine.step()
         nll = output.nll.double()
         sums[:2] += torch.stack([(nll / batch.t).sum(), nll.sum()])
+        bucket = torch.bucketize(batch.t, edges)
+        by_bucket[0].index_add_(0, bucket, nll)
+        by_bucket[1].index_add_(0, bucket, torch.ones_like(nll))
     sums[2 + int(stop)] = 1
     dist.all_reduce(sums)
-    weighted, unweighted, *stopping = sums.tolist()
+    weighted, unweighted, *stopping = sums[: 3 + STOPS].tolist()
+    buckets = (by_bucket[0] / by_bucket[1].clamp(min=1)).tolist()
     return {
         "loss": weighted / max(denominator, 1),
         "masked_ce": unweighted / max(part.masked, 1),
         "lr": lr,
         "grad_norm": float(engine.get_global_grad_norm() or plain_norm),
         "anneal_ratio": state.ratio,
+        **({"right_context": state.width} if state.form == "window" else {}),
+        **({"block_size": state.width} if state.form == "block" else {}),
+        **{f"masked_ce_to_t{edge:g}": ce for edge, ce, n in zip(BUCKETS, buckets, by_bucket[1].tolist()) if n},
         "stop": max(why for why, ranks in enumerate(stopping) if ranks),
     }
 
@@ -102,6 +115,23 @@ def unpartitioned_norm(engine) -> torch.Tensor | float:
     if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
         return 0.0
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def speed(engine, config: RunConfig, step: int, masked: int, length: int, seconds: float) -> dict[str, float]:
+    """Tokens a second, also per rank, MFU where the device's peak is known, and the peak memory of rank 0."""
+    tokens, device = config.train.global_batch_size * length, engine.device
+    record = {"tokens_per_second": tokens / seconds}
+    record["tokens_per_second_per_gpu"] = record["tokens_per_second"] / dist.get_world_size()
+    peak = peak_flops(device)
+    if peak:
+        state = visibility_at(config, step, length)
+        share = visible_share(state.form, state.ratio, state.width, length)
+        needed = step_flops(engine.module, tokens, masked, length, share)
+        record["mfu"] = needed / seconds / dist.get_world_size() / peak
+        record["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    else:
+        record["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return record
 
 
 def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_config: dict) -> int:
@@ -153,14 +183,16 @@ def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_conf
         sizes = (shape.global_batch_size, shape.micro_batch_size, rank, world)
         upcoming, stopping, done = reader.submit(step_data, data, start, *sizes), 0, start
         for step in range(start, end):
-            part, upcoming = upcoming.result(), reader.submit(step_data, data, step + 1, *sizes)
             began = time.perf_counter()
+            part, upcoming = upcoming.result(), reader.submit(step_data, data, step + 1, *sizes)
+            waited = time.perf_counter() - began
             metrics = train_step(engine, config, part, step, learning_rate(step, steps, config.optimizer), stop)
             seconds = time.perf_counter() - began
             done = step + 1
             stopping = metrics.pop("stop")
             record = {"step": done, "tokens": done * tokens_per_step, **metrics}
-            record["tokens_per_second"] = tokens_per_step / seconds
+            record |= speed(engine, config, step, part.masked, data.seq_len, seconds)
+            record["data_wait"] = waited / seconds
             by_clock = stopping == StopRequest.CLOCK
             if done == steps or by_clock or (config.validation.every and done % config.validation.every == 0):
                 record |= validated(done)

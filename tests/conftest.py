@@ -16,6 +16,8 @@ from data_prep.config import PrepareConfig, SourceConfig
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
 
 ROOT = Path(__file__).resolve().parents[1]
 TALES = ROOT / "data_prep" / "demo" / "tales.jsonl"

@@ -87,7 +87,8 @@ class Cluster:
 
 def _free_ports() -> list[int]:
     """Three in a row."""
-    for first in range(17_000, 30_000, 10):
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")  # two may look at the same time
+    for first in range(17_000 + 1_000 * int(worker), 30_000, 10):
         with socket.socket() as a, socket.socket() as b, socket.socket() as c:
             try:
                 for n, s in enumerate((a, b, c)):

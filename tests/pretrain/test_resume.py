@@ -26,7 +26,7 @@ def assert_close(a: list[dict], b: list[dict], rel: float) -> None:
             assert x[key] == pytest.approx(y[key], rel=rel), (x["step"], key)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_on_other_numbers_of_ranks_it_goes_on_the_same(tiny_run, stage):
     """Two ranks, then one, then two: the losses of a run that never changed."""
     whole_arguments, whole = tiny_run(f"whole{stage}", stage=stage, **{"train.steps": 6})
@@ -34,7 +34,7 @@ def test_on_other_numbers_of_ranks_it_goes_on_the_same(tiny_run, stage):
     arguments, folder = tiny_run(f"elastic{stage}", stage=stage, **{"train.steps": 6, "train.exit_interval": 2})
     for ranks in (2, 1, 2):
         output = run(ranks, arguments)
-    assert stage == 0 or "was written by 1 ranks, now 2" in output
+    assert "was written by 1 ranks, now 2" in output
     assert_close(read_metrics(whole), read_metrics(folder), 1e-5)
     assert not list((folder / "checkpoints").glob("*.universal"))
 

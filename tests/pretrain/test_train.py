@@ -15,7 +15,7 @@ from conftest import ROOT, config, launch, write_jsonl
 
 from data_prep.prepare import prepare
 from data_prep.shards import Manifest
-from pretrain.telemetry import read_metrics
+from pretrain.telemetry import MACHINE, read_metrics
 
 COMPARED = ("loss", "masked_ce", "grad_norm", "lr", "anneal_ratio", "tokens")
 
@@ -29,7 +29,7 @@ def run(ranks: int, arguments: list[str], launcher: str = "torchrun"):
 def assert_same(a: list[dict], b: list[dict], rel: float) -> None:
     assert [m["step"] for m in a] == [m["step"] for m in b]
     for x, y in zip(a, b):
-        for key in (set(x) & set(y)) - {"tokens_per_second", "step"}:
+        for key in (set(x) & set(y)) - {*MACHINE, "step"}:
             assert x[key] == pytest.approx(y[key], rel=rel), (x["step"], key)
 
 
@@ -125,11 +125,21 @@ def test_resumed_at_every_step_equals_never_stopped(tiny_run, stage):
     a, b = read_metrics(whole), read_metrics(broken)
     assert len(a) == len(b) == 4
     for x, y in zip(a, b):
-        x.pop("tokens_per_second", None), y.pop("tokens_per_second", None)
-        assert x == y  # to the bit
+        assert {k: v for k, v in x.items() if k not in MACHINE} == {k: v for k, v in y.items() if k not in MACHINE}
     again = run(2, broken_args)
     assert "complete at step 3 of 3" in again.stdout + again.stderr
     assert len(read_metrics(broken)) == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_under_zero3_the_loss_in_chunks_is_the_plain_one(tiny_run, family):
+    """Values, gradient norms and the parameters that they lead to; tied and untied heads."""
+    found = []
+    for how in ("plain", "chunked"):
+        arguments, folder = tiny_run(f"loss_{family}_{how}", family, 3, **{"train.steps": 3, "model.loss": how})
+        run(2, arguments)
+        found.append(read_metrics(folder))
+    assert_same(*found, rel=1e-5)
 
 
 def test_documents_isolated_trains_and_differs(tiny_run, tokenizer_dir, tales, tmp_path):
@@ -155,7 +165,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_run):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=60)[0].decode()
-    assert process.returncode == 0, output
+    assert process.returncode == 75, output
     stopped = read_metrics(folder)[-1]["step"]
     assert f"SIGTERM asked to stop; saved step {stopped} of 100000" in output
     run(1, [*arguments, f"train.steps={stopped + 2}"], "python")
@@ -165,7 +175,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_run):
 def test_the_clock_ends_a_run_with_a_validation(tiny_run):
     limits = {"train.max_minutes": 0.001, "optimizer.schedule": "constant"}
     arguments, folder = tiny_run("clock", **{"train.steps": 100_000, **limits})
-    assert "train.max_minutes asked to stop" in run(2, arguments).stdout
+    assert "train.max_minutes asked to stop" in launch(2, arguments).stdout
     last = read_metrics(folder)[-1]
     assert last["step"] < 100 and last["val_nelbo"] > 0
 
@@ -200,18 +210,6 @@ def test_another_configuration_in_the_same_folder_is_refused(finished, override,
     outcome = launch(1, [*arguments, override], launcher="python")
     assert outcome.returncode == 2 and message in outcome.stderr
     assert (folder / "metrics.jsonl").read_text() == before
-
-
-def test_another_number_of_ranks_and_a_damaged_checkpoint_are_refused(finished, tmp_path):
-    arguments, folder = finished
-    outcome = launch(2, arguments)
-    assert outcome.returncode != 0 and "was written with 1 ranks, now 2; start with 1 again" in outcome.stderr
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    shard = next(copy.glob("checkpoints/step_*/*optim*"))
-    shard.write_bytes(shard.read_bytes()[:-1])
-    outcome = launch(1, [*arguments, f"run_dir={copy}"], launcher="python")
-    assert outcome.returncode == 2 and shard.name in outcome.stderr and "write the name of an older" in outcome.stderr
 
 
 def corpus_with(corpus_dir, target, damage: str):
