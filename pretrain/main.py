@@ -11,6 +11,7 @@ import argparse
 import os
 import socket
 import sys
+import warnings
 from pathlib import Path
 
 if not __package__:  # run as a file: find the project, and keep pretrain/*.py from standing as top-level modules
@@ -143,6 +144,8 @@ def run(args: argparse.Namespace) -> int:
         packaged(args.deepspeed_config), config, dtype, base.hidden_size, world_size
     )  # fmt: skip
 
+    # DeepSpeed calls collectives by names that torch has deprecated; one line a rank and a name otherwise
+    warnings.filterwarnings("ignore", message=".*torch.distributed", category=FutureWarning)
     import deepspeed
     import torch.distributed as dist
 

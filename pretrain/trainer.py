@@ -210,19 +210,26 @@ def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_conf
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 or the clock ask for a stop after the step in hand; a second signal stops at once."""
+    """SIGTERM, SIGUSR1 or the clock ask for a stop after the step in hand; a second signal stops at once.
+
+    A signal within seconds of the first belongs to it: a scheduler signals the processes and their parents,
+    which pass it on.
+    """
 
     CLOCK, SIGNAL = 1, 2
+    SAME = 2.0  # seconds
 
     def __init__(self, max_minutes: float):
         self.reason = ""
         self._deadline = time.monotonic() + max_minutes * 60 if max_minutes else float("inf")
+        self._first = float("inf")  # when the first signal came
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._received)
 
     def _received(self, number: int, frame) -> None:
-        if self.reason in ("SIGTERM", "SIGUSR1"):
+        if time.monotonic() - self._first > self.SAME:
             os._exit(128 + number)
+        self._first = min(self._first, time.monotonic())
         self.reason = signal.Signals(number).name
 
     def __int__(self) -> int:

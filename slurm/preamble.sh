@@ -30,14 +30,21 @@ train() {
     MASTER_ADDR="${MASTER_ADDR:-$(head -n 1 <<<"${nodes}")}"
     MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
     export MASTER_ADDR MASTER_PORT
-    local config=$1 ds_config=$2 code=0
+    local config=$1 ds_config=$2 code=0 run signalled=yes
     shift 2
-    stop() { scancel --signal=USR1 "${SLURM_JOB_ID}" 2>/dev/null || true; } # the steps only, not this shell
+    stop() { # forward it to the steps; `wait` returned early and must be called again
+        signalled=yes
+        scancel --signal=USR1 "${SLURM_JOB_ID}" 2>/dev/null || true
+    }
     trap stop USR1 TERM
     # shellcheck disable=SC2086
     srun --kill-on-bad-exit=0 ${SRUN_OPTIONS:-} python pretrain/main.py \
         --config "${config}" --deepspeed_config "${ds_config}" "$@" &
-    while wait $! || code=$?; ((code > 128)) && kill -0 $! 2>/dev/null; do code=0; done # a trap ends a wait early
+    run=$!
+    while [[ -n "${signalled}" ]]; do
+        signalled="" code=0
+        wait "${run}" || code=$?
+    done
     if ((code == 75)); then
         echo "stopped on request; requeueing job ${SLURM_JOB_ID}"
         scontrol requeue "${SLURM_JOB_ID}"

@@ -82,7 +82,11 @@ class Cluster:
         return state
 
     def output(self, job: str) -> str:
-        return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"*-{job}.out")))
+        """What it printed, then the controller's log of it and how it ended: the end is what CI shows."""
+        outputs = [path.read_text(errors="replace") for path in sorted(self.folder.glob(f"*-{job}.out"))]
+        controller = (self.folder / "slurmctld.log").read_text(errors="replace").splitlines()
+        about = [line for line in controller if f"JobId={job}" in line]
+        return "\n".join([*outputs, *about[-30:], self.run("scontrol", "--oneliner", "show", "job", job)])
 
 
 def _free_ports() -> list[int]:
@@ -125,7 +129,7 @@ def cluster(tmp_path_factory):
     processes = []
     try:
         for command in commands:
-            log = open(folder / f"{Path(command[0]).name}-{len(processes)}.out", "wb")  # noqa: SIM115
+            log = open(folder / f"{Path(command[0]).name}-{len(processes)}.stderr", "wb")  # noqa: SIM115
             processes.append(
                 subprocess.Popen(command, env=cluster.environment, stdout=log, stderr=log, start_new_session=True)
             )
@@ -153,6 +157,6 @@ def _until(condition, folder: Path, seconds: float = 40) -> None:
             pass
         if time.monotonic() > deadline:
             logs = "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in folder.glob("*.log"))
-            outs = "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in folder.glob("*.out"))
+            outs = "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in folder.glob("*.stderr"))
             raise RuntimeError(f"Slurm did not start\n{logs}\n{outs}")
         time.sleep(0.2)
