@@ -49,6 +49,7 @@ setup(
             "diffullama-pretrain = pretrain.main:main",
             "diffullama-export = tools.export:main",
             "diffullama-generate = tools.generate:main",
+            "diffullama-health = tools.health:main",
         ]
     },
     classifiers=["Programming Language :: Python :: 3"],

@@ -125,7 +125,7 @@ def pretrain_ar(shards: str, out: Path, steps: int) -> dict:
 
 
 def losses(model, batch, visibility: Visibility, weights, shift: bool):
-    """(weighted loss, nll, correct) at masked positions; without shift hidden state i predicts token i itself."""
+    """(weighted loss, nll) at masked positions; without shift hidden state i predicts token i itself."""
     if shift:
         output = model(input_ids=batch.xt, labels=batch.labels, loss_weights=weights, visibility=visibility)
         return output.loss, output.nll
@@ -135,7 +135,7 @@ def losses(model, batch, visibility: Visibility, weights, shift: bool):
     hidden = model.base_model(input_ids=batch.xt, use_cache=False, attention_plan=made).last_hidden_state
     chosen = batch.labels != IGNORE
     head = model.get_output_embeddings()
-    return linear_cross_entropy(hidden[chosen], head.weight, None, batch.labels[chosen], weights)
+    return linear_cross_entropy(hidden[chosen], head.weight, None, batch.labels[chosen], weights)[:2]
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ FREE = (
     "train.max_minutes",
     "checkpoint",
     "validation",
+    "guards",
     "wandb",
 )
 PACKAGES = ("torch", "deepspeed", "transformers")
@@ -112,23 +113,35 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find(run_dir: str | Path, step: int | None = None, say=print) -> tuple[Path, dict] | None:
+def find(
+    run_dir: str | Path,
+    step: int | None = None,
+    at_most: int | None = None,
+    world_size: int | None = None,
+    say=print,
+) -> tuple[Path, dict] | None:
     """The newest checkpoint that verifies, or that of `step`, with its checkpoint.json; None where there is none.
 
-    `say` hears of each that is skipped, and why. Raises UserError when none of those there are verifies. All
+    `at_most` leaves out those of later steps, `world_size` those written by other numbers of ranks. `say` hears
+    of each that is skipped, and why. Raises UserError when none of those there are verifies. All
     ranks call it together.
     """
     root = Path(run_dir) / "checkpoints"
     folders = sorted((f for f in root.glob("step_*") if f.name.count(".") == 0), reverse=True)
     if step is not None:
         folders = [f for f in folders if f.name == f"step_{step:08d}"]
+    if at_most is not None:
+        folders = [f for f in folders if f.name <= f"step_{at_most:08d}"]
     for folder in folders:
         problem = problem_of(folder)
         if problem is None:
-            return folder, json.loads((folder / "checkpoint.json").read_text())
+            about = json.loads((folder / "checkpoint.json").read_text())
+            if world_size in (None, about["world_size"]):
+                return folder, about
+            problem = f"{folder} was written by {about['world_size']} ranks"
         if step is None:
             say(f"{folder.name} is skipped: {problem}")
-    if folders:
+    if folders and world_size is None:
         raise UserError(f"no checkpoint in {root} can be used; the last looked at: {problem}")
     return None
 

@@ -97,6 +97,18 @@ class ValidationConfig:
 
 
 @dataclass
+class GuardConfig:
+    max_skipped_in_a_row: int = 5  # steps with a non-finite loss or gradient before the run gives up
+    # A spike: masked CE, compared within buckets of t, this many robust standard deviations above the last 64 steps,
+    # for spike_steps steps in a row. 0: not looked for.
+    spike_factor: float = 8.0
+    spike_steps: int = 3
+    on_spike: Literal["warn", "rollback"] = "warn"  # rollback: to the newest checkpoint, passing over those batches
+    max_rollbacks: int = 3
+    stall_minutes: float = 30  # in one phase of a step before a rank reports where all stand and leaves; 0: never
+
+
+@dataclass
 class WandbConfig:
     mode: Literal["offline", "online", "disabled"] = "offline"
     project: str = "diffullama"
@@ -114,6 +126,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
@@ -146,6 +159,8 @@ def check_run(config: RunConfig) -> None:
         "train.global_batch_size": c.train.global_batch_size,
         "train.micro_batch_size": c.train.micro_batch_size,
         "optimizer.lr": c.optimizer.lr,
+        "guards.max_skipped_in_a_row": c.guards.max_skipped_in_a_row,
+        "guards.spike_steps": c.guards.spike_steps,
     }
     for name, value in positive.items():
         if value <= 0:
@@ -163,6 +178,9 @@ def check_run(config: RunConfig) -> None:
         "optimizer.weight_decay": c.optimizer.weight_decay,
         "train.seed": c.train.seed,
         "train.exit_interval": c.train.exit_interval,
+        "guards.spike_factor": c.guards.spike_factor,
+        "guards.max_rollbacks": c.guards.max_rollbacks,
+        "guards.stall_minutes": c.guards.stall_minutes,
     }
     for name, value in not_negative.items():
         if value < 0:

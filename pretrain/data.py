@@ -156,6 +156,11 @@ class TrainData:
         t = self.eps + (1 - 2 * self.eps) * u  # so that 1 - t is a time too
         return self._corrupted(self.train[source].row(row), t, noise, complement=n % 2 == 1)
 
+    def describe(self, n: int) -> dict:
+        """Where the n-th sample comes from: {n, source, epoch, row}."""
+        source, epoch, row = self.place(n // 2 if self.times == "complementary" else n)
+        return {"n": n, "source": self.names[source], "epoch": epoch, "row": row}
+
     def consumed(self, count: int) -> dict[str, int]:
         """Rows of each source among the first `count` samples; a pair of complementary masks is one row."""
         count = -(-count // 2) if self.times == "complementary" else count

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 EPS = 1e-3  # smallest time: 1/t stays bounded
+# Upper ends of the buckets of t that losses are reported in: over all t they look flat, because t is random.
+BUCKETS = (0.25, 0.5, 0.75, 1.0)
 
 
 def sample_time(u, eps: float = EPS):
@@ -51,6 +53,21 @@ def loss_weights(t: torch.Tensor, denominator: float) -> torch.Tensor:
     the denominator of the whole global batch, so that the gradient does not depend on how it is split.
     """
     return 1 / (t * max(denominator, 1))
+
+
+def bucket_sums(nll: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """(2, buckets) float64: the sum of `nll` (masked,) and the number of positions, by the bucket of `t` (masked,)."""
+    sums = torch.zeros(2, len(BUCKETS), dtype=torch.float64, device=nll.device)
+    bucket = torch.bucketize(t, torch.tensor(BUCKETS[:-1], device=nll.device))
+    sums[0].index_add_(0, bucket, nll.double())
+    sums[1].index_add_(0, bucket, torch.ones_like(nll, dtype=torch.float64))
+    return sums
+
+
+def bucket_means(sums: torch.Tensor, name: str) -> dict[str, float]:
+    """`name`_to_t0.25 … `name`_to_t1: cross-entropy in nats by bucket; without the empty ones."""
+    (totals, counts) = sums.tolist()
+    return {f"{name}_to_t{edge:g}": nll / n for edge, nll, n in zip(BUCKETS, totals, counts) if n}
 
 
 def annealing_progress(step: int, steps: int, schedule: str = "linear", stages: int = 8) -> float:

@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 if not __package__:  # run as a file: find the project, and keep pretrain/*.py from standing as top-level modules
@@ -154,7 +155,8 @@ def run(args: argparse.Namespace) -> int:
     elif "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    deepspeed.init_distributed()
+    # later than the watchdog's, whose report says more
+    deepspeed.init_distributed(timeout=timedelta(minutes=max(30, config.guards.stall_minutes + 10)))
     from pretrain.trainer import train
 
     try:

@@ -4,6 +4,7 @@ In: one dict of numbers a step. Out: RUN_DIR/metrics.jsonl, one JSON object a li
 """
 
 import json
+import math
 import time
 import uuid
 from dataclasses import asdict
@@ -11,10 +12,28 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from . import health
 from .config import RunConfig
 
 # What depends on the machine; everything else in metrics.jsonl is a function of configuration and data.
-MACHINE = ("tokens_per_second", "tokens_per_second_per_gpu", "data_wait", "peak_memory_gib", "mfu")
+MACHINE = (
+    "tokens_per_second",
+    "tokens_per_second_per_gpu",
+    "step_seconds",
+    "data_wait",
+    "peak_memory_gib",
+    "mfu",
+    "time",
+    "goodput",
+)
+
+SHOWN = (
+    ("loss", "loss", ".3f"),
+    ("masked CE", "masked_ce", ".3f"),
+    ("lr", "lr", ".1e"),
+    ("tokens/s", "tokens_per_second", ".0f"),
+)  # fmt: skip
+LAUNCHED = time.time()  # of this process
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
@@ -38,45 +57,75 @@ class Telemetry:
         self.enabled, self._wandb = enabled, None
         if not enabled:
             return
-        run_dir = Path(config.run_dir)
-        path = run_dir / "metrics.jsonl"
-        self._heartbeat = run_dir / "heartbeat"  # for watchdogs: the last step, and when it ended
-        kept = [record for record in read_metrics(run_dir) if record["step"] <= start]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._run_dir = Path(config.run_dir)
+        self._heartbeat = self._run_dir / "heartbeat"  # for watchdogs: the last step, and when it ended
+        self._launched = LAUNCHED
+        self._steps, self._warmup = steps, config.optimizer.warmup_steps
         self._bar = tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True)
+        self._file = None
+        self._keep(start)
         if config.wandb.mode != "disabled":
             import wandb
 
-            marker = run_dir / "wandb_id"
+            marker = self._run_dir / "wandb_id"
             if not marker.exists():
                 marker.write_text(uuid.uuid4().hex[:8])
             self._wandb = wandb.init(
                 project=config.wandb.project,
-                name=config.wandb.name or run_dir.name,
+                name=config.wandb.name or self._run_dir.name,
                 id=marker.read_text(),
                 resume="allow",
                 mode=config.wandb.mode,
-                dir=str(run_dir),
+                dir=str(self._run_dir),
                 config=asdict(config),
                 settings=wandb.Settings(silent=True),
             )
+            self._wandb.define_metric("*", step_metric="step")  # wandb's own step cannot go back
+
+    def _keep(self, step: int) -> None:
+        """Leave out the lines after `step`."""
+        if self._file:
+            self._file.close()
+        kept = [record for record in read_metrics(self._run_dir) if record["step"] <= step]
+        path = self._run_dir / "metrics.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._launched = kept[0].get("time", self._launched) if kept else self._launched
+        self._useful = sum(record.get("step_seconds", 0.0) for record in kept)
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from `step` again."""
+        if self.enabled:
+            self._keep(step)
+            self._bar.n = step
+            self._bar.refresh()
 
     def log(self, record: dict) -> None:
-        """One step. `record["step"]` counts finished steps."""
+        """One step. `record["step"]` counts finished steps. A value that is not finite is written as null."""
         if not self.enabled:
             return
+        now = time.time()
+        if record["step"] == 0:
+            record = {**record, "time": self._launched}  # goodput counts from here
+        else:
+            self._useful += record["step_seconds"]
+            record = {**record, "time": now, "goodput": self._useful / (now - self._launched)}
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        self._heartbeat.write_text(json.dumps({"step": record["step"], "time": time.time()}))
+        self._heartbeat.write_text(json.dumps({"step": record["step"], "time": now}))
         if self._wandb is not None:
-            self._wandb.log(record, step=record["step"])
-        if "loss" in record:
+            self._wandb.log(record)
+        if record["step"] and "val_masked_ce" in record:
+            panel = health.panel(read_metrics(self._run_dir), self._run_dir / "health.png", self._run_dir.name)
+            if self._wandb is not None:
+                import wandb
+
+                self._wandb.log({"health": wandb.Image(str(panel)), "step": record["step"]})
+        if record["step"]:
             self._bar.update(record["step"] - self._bar.n)
-            self._bar.set_postfix_str(
-                f"loss {record['loss']:.3f}, masked CE {record['masked_ce']:.3f}, lr {record['lr']:.1e}, "
-                f"{record['tokens_per_second']:.0f} tokens/s"
-            )
+            shown = [f"{name} {record[key]:{form}}" for name, key, form in SHOWN if record[key] is not None]
+            self._bar.set_postfix_str(", ".join(shown))
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal, above the bar."""
@@ -84,8 +133,10 @@ class Telemetry:
             tqdm.write(text)
 
     def close(self) -> None:
+        """The verdict on the run, and the end of all files."""
         if self.enabled:
             self._bar.close()
+            print(health.assess(read_metrics(self._run_dir), self._steps, self._warmup), flush=True)
             self._file.close()
             if self._wandb is not None:
                 self._wandb.finish()

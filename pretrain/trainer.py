@@ -4,11 +4,12 @@ In: a checked run configuration and DeepSpeed's. Out: RUN_DIR with metrics and c
 stopped continues where its newest checkpoint stands.
 """
 
+import math
 import os
 import resource
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import deepspeed
@@ -16,18 +17,20 @@ import torch
 import torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
 
+from data_prep.config import UserError
+
 from . import adapt, checkpoint
 from .config import RunConfig, total_steps
 from .data import StepData, TrainData, step_data
-from .diffusion import annealed_width, annealing_progress, loss_weights
+from .diffusion import BUCKETS, annealed_width, annealing_progress, bucket_means, bucket_sums, loss_weights
 from .flops import peak_flops, step_flops, visible_share
+from .guards import Guard, Watchdog, write_incident
 from .model.visibility import Visibility
 from .optimization import learning_rate, parameter_groups
 from .telemetry import Telemetry
-from .validation import validate
+from .validation import references, validate
 
 STOPS = 2  # kinds of StopRequest
-BUCKETS = (0.25, 0.5, 0.75, 1.0)  # upper ends: the training loss is flat over steps because t is random, not so here
 STOPPED = 75  # exit code of a run that was asked to stop: the same command goes on
 
 
@@ -58,13 +61,21 @@ def visibility_at(config: RunConfig, step: int, length: int) -> Visibility:
 
 
 def train_step(
-    engine, config: RunConfig, part: StepData, step: int, lr: float, stop: "StopRequest | int" = 0
+    engine,
+    config: RunConfig,
+    part: StepData,
+    step: int,
+    lr: float,
+    stop: "StopRequest | int" = 0,
+    watchdog: Watchdog | None = None,
 ) -> dict[str, float]:
     """One optimizer step on this rank's part of the global batch; returns metrics of the whole batch.
 
     `stop` in the metrics is not 0 on all ranks when it is on any: they leave the loop together.
-    It is 2 where a signal asks for it, 1 where only the clock does.
+    It is 2 where a signal asks for it, 1 where only the clock does. `update_skipped` is True, on all ranks, where a
+    loss or gradient anywhere was not finite: then parameters and optimizer are as before.
     """
+    at = watchdog.at if watchdog else lambda step, phase: None
     world, passes, device = dist.get_world_size(), len(part.batches), engine.device
     by_masked = config.diffusion.normalize_by == "masked"
     denominator = part.masked if by_masked else part.maskable
@@ -74,8 +85,9 @@ def train_step(
     # sums of nll/t and nll; ranks by why they want to stop; nll and number of masked tokens by bucket of t
     sums = torch.zeros(3 + STOPS + 2 * len(BUCKETS), dtype=torch.float64, device=device)
     by_bucket = sums[3 + STOPS :].view(2, -1)
-    edges = torch.tensor(BUCKETS[:-1], device=device)
-    for batch in part.batches:
+    skipped = False
+    for number, batch in enumerate(part.batches, 1):
+        at(step, f"forward {number} of {passes}")
         batch = batch.to(device)
         output = engine(
             input_ids=batch.xt,
@@ -85,18 +97,25 @@ def train_step(
             position_ids=batch.positions,
             visibility=replace(state, documents=batch.documents),
         )
-        engine.backward(output.loss)
+        at(step, f"backward {number} of {passes}")
+        value = output.loss.detach()
+        engine.backward(output.loss * (1 + (value - value)))  # a loss that is not finite gives such gradients
         plain_norm = unpartitioned_norm(engine)
-        engine.step()
+        at(step, f"update after {number} of {passes}")
+        if math.isfinite(plain_norm):  # at the other stages DeepSpeed itself makes no update otherwise
+            engine.step()
+        else:
+            skipped = True
+            engine.optimizer.step = lambda: None
+            engine.step()
+            del engine.optimizer.step
         nll = output.nll.double()
         sums[:2] += torch.stack([(nll / batch.t).sum(), nll.sum()])
-        bucket = torch.bucketize(batch.t, edges)
-        by_bucket[0].index_add_(0, bucket, nll)
-        by_bucket[1].index_add_(0, bucket, torch.ones_like(nll))
+        by_bucket += bucket_sums(nll, batch.t)
     sums[2 + int(stop)] = 1
+    at(step, "metrics")
     dist.all_reduce(sums)
     weighted, unweighted, *stopping = sums[: 3 + STOPS].tolist()
-    buckets = (by_bucket[0] / by_bucket[1].clamp(min=1)).tolist()
     return {
         "loss": weighted / max(denominator, 1),
         "masked_ce": unweighted / max(part.masked, 1),
@@ -105,16 +124,17 @@ def train_step(
         "anneal_ratio": state.ratio,
         **({"right_context": state.width} if state.form == "window" else {}),
         **({"block_size": state.width} if state.form == "block" else {}),
-        **{f"masked_ce_to_t{edge:g}": ce for edge, ce, n in zip(BUCKETS, buckets, by_bucket[1].tolist()) if n},
+        **bucket_means(by_bucket, "masked_ce"),
+        "update_skipped": skipped or not engine.was_step_applied(),
         "stop": max(why for why, ranks in enumerate(stopping) if ranks),
     }
 
 
-def unpartitioned_norm(engine) -> torch.Tensor | float:
+def unpartitioned_norm(engine) -> float:
     """Norm of the averaged gradients before clipping, which DeepSpeed does not report at stage 0 in fp32."""
     if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
         return 0.0
-    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
 
 
 def speed(engine, config: RunConfig, step: int, masked: int, length: int, seconds: float) -> dict[str, float]:
@@ -137,76 +157,180 @@ def speed(engine, config: RunConfig, step: int, masked: int, length: int, second
 def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_config: dict) -> int:
     """Run to the end, from the newest checkpoint if there is one. All ranks call it together.
 
-    Returns the exit code: STOPPED where a signal or the clock ended it before its last step, else 0.
+    Returns the exit code: STOPPED where a signal or the clock ended it before its last step, else 0. Raises
+    UserError where guards.max_skipped_in_a_row or guards.max_rollbacks end it.
     """
-    stop = StopRequest(config.train.max_minutes)
-    world, rank = dist.get_world_size(), dist.get_rank()
-    shape = config.train
-    data = TrainData(
-        config.data.path,
-        mask_token_id,
-        seed=shape.seed,
-        weights=config.data.weights,
-        isolated=config.data.isolate_documents,
-        eps=config.diffusion.eps,
-        times=config.diffusion.times,
-        global_batch=shape.global_batch_size,
-    )
-    steps = total_steps(config, data.seq_len)
-    tokens_per_step = shape.global_batch_size * data.seq_len
-    found = checkpoint.resumption(config, ds_config, say=lambda text: rank == 0 and print(text, flush=True))
-    engine = build_engine(config, base_config, mask_token_id, ds_config)
-    special = data.tokenizer["special_ids"]
-    engine.module.config.diffusion = {
-        "shift": True,
-        "eps": config.diffusion.eps,
-        "normalize_by": config.diffusion.normalize_by,
-        "start_token_id": special["bos"] if data.tokenizer["add_bos"] else special["eos"],
-    }
-    if rank == 0:
-        checkpoint.write_run(config, tokenizer, engine.module.config)
-    start = checkpoint.load(engine, found)
-    log = Telemetry(config, start, steps, enabled=rank == 0)
-    if start:
-        log.say(f"{config.run_dir}: {'complete at' if start >= steps else 'resuming from'} step {start} of {steps}")
+    return Trainer(config, base_config, tokenizer, mask_token_id, ds_config).run()
 
-    def validated(step: int) -> dict[str, float]:
-        v = config.validation
-        return validate(engine, data, v.rows, v.times, shape.micro_batch_size, engine.device) if v.rows else {}
 
-    if start == 0:
-        log.log({"step": 0, "tokens": 0, **validated(0)})
-    end = min(steps, start + shape.exit_interval) if shape.exit_interval else steps
-    saved = {"tokens": 0, "dtype": "bf16" if ds_config["bf16"]["enabled"] else "fp32", "corpus": config.data.path}
+class Trainer:
+    """One launch of a run. `done` counts finished steps; batches are the same as steps until a roll-back."""
 
-    with ThreadPoolExecutor(1) as reader:  # the next step's data are read while this one computes
-        sizes = (shape.global_batch_size, shape.micro_batch_size, rank, world)
-        upcoming, stopping, done = reader.submit(step_data, data, start, *sizes), 0, start
-        for step in range(start, end):
-            began = time.perf_counter()
-            part, upcoming = upcoming.result(), reader.submit(step_data, data, step + 1, *sizes)
-            waited = time.perf_counter() - began
-            metrics = train_step(engine, config, part, step, learning_rate(step, steps, config.optimizer), stop)
-            seconds = time.perf_counter() - began
-            done = step + 1
-            stopping = metrics.pop("stop")
-            record = {"step": done, "tokens": done * tokens_per_step, **metrics}
-            record |= speed(engine, config, step, part.masked, data.seq_len, seconds)
-            record["data_wait"] = waited / seconds
-            by_clock = stopping == StopRequest.CLOCK
-            if done == steps or by_clock or (config.validation.every and done % config.validation.every == 0):
-                record |= validated(done)
-            log.log(record)
-            last = done == end or stopping
-            if config.checkpoint.keep and (last or (config.checkpoint.every and done % config.checkpoint.every == 0)):
-                consumed = data.consumed(done * shape.global_batch_size)
-                checkpoint.save(engine, config, done, {**saved, "tokens": record["tokens"], "rows": consumed})
-            if stopping and done < steps:
-                log.say(f"{stop.reason or 'another rank'} asked to stop; saved step {done} of {steps}")
-                break
-    log.close()
-    dist.barrier()  # a launcher kills the others when one leaves with a code
-    return STOPPED if stopping and done < steps else 0
+    def __init__(self, config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_config: dict):
+        self.stop = StopRequest(config.train.max_minutes)
+        self.config, self.world, self.rank = config, dist.get_world_size(), dist.get_rank()
+        self.watchdog = Watchdog(config.run_dir, self.rank, self.world, config.guards.stall_minutes)
+        self.data = TrainData(
+            config.data.path,
+            mask_token_id,
+            seed=config.train.seed,
+            weights=config.data.weights,
+            isolated=config.data.isolate_documents,
+            eps=config.diffusion.eps,
+            times=config.diffusion.times,
+            global_batch=config.train.global_batch_size,
+        )
+        self.steps = total_steps(config, self.data.seq_len)
+        self.tokens_per_step = config.train.global_batch_size * self.data.seq_len
+        self.dtype = "bf16" if ds_config["bf16"]["enabled"] else "fp32"
+        found = checkpoint.resumption(config, ds_config, say=self._say_plainly)
+        self.watchdog.at(0, "loading")
+        self.engine = build_engine(config, base_config, mask_token_id, ds_config)
+        special = self.data.tokenizer["special_ids"]
+        self.engine.module.config.diffusion = {
+            "shift": True,
+            "eps": config.diffusion.eps,
+            "normalize_by": config.diffusion.normalize_by,
+            "start_token_id": special["bos"] if self.data.tokenizer["add_bos"] else special["eos"],
+        }
+        if self.rank == 0:
+            checkpoint.write_run(config, tokenizer, self.engine.module.config)
+        self.done = checkpoint.load(self.engine, found)
+        self.guard = Guard.restored(config.guards, found[1].get("guard") if found else None)
+        self.log = Telemetry(config, self.done, self.steps, enabled=self.rank == 0)
+        if self.done:
+            how = "complete at" if self.done >= self.steps else "resuming from"
+            self.log.say(f"{config.run_dir}: {how} step {self.done} of {self.steps}")
+
+    def run(self) -> int:
+        if self.done == 0:
+            self.log.log({"step": 0, "tokens": 0, **self._validated(), **self._references()})
+        interval, stopping = self.config.train.exit_interval, 0
+        end = min(self.steps, self.done + interval) if interval else self.steps
+        with ThreadPoolExecutor(1) as reader:  # the next step's data are read while this one computes
+            upcoming = self._read(reader)
+            while self.done < end and not stopping:
+                self.watchdog.at(self.done, "data")
+                began = time.perf_counter()
+                part = upcoming.result()
+                waited = time.perf_counter() - began
+                upcoming = self._read(reader, ahead=1)
+                lr = learning_rate(self.done, self.steps, self.config.optimizer)
+                metrics = train_step(self.engine, self.config, part, self.done, lr, self.stop, self.watchdog)
+                stopping = metrics.pop("stop")
+                verdict = self.guard.judge(metrics)
+                seconds = time.perf_counter() - began
+                self.done += 1
+                if verdict == "spike" and self._rolled_back():
+                    upcoming = self._read(reader)
+                    continue
+                record = {"step": self.done, "tokens": self.done * self.tokens_per_step, **metrics}
+                record["skipped_steps"] = self.guard.skipped
+                record |= speed(self.engine, self.config, self.done - 1, part.masked, self.data.seq_len, seconds)
+                record |= {"step_seconds": seconds, "data_wait": waited / seconds}
+                every, by_clock = self.config.validation.every, stopping == StopRequest.CLOCK
+                if self.done == self.steps or by_clock or (every and self.done % every == 0):
+                    record |= self._validated()
+                self.log.log(record)
+                if verdict in ("skipped", "stop"):
+                    self._skipped(verdict)
+                self._save_if_due(last=self.done == end or bool(stopping))
+        if stopping and self.done < self.steps:
+            reason = self.stop.reason or "another rank"
+            self.log.say(f"{reason} asked to stop; saved step {self.done} of {self.steps}")
+        self.log.close()
+        self.watchdog.at(self.done, "waiting for the others to end")
+        dist.barrier()  # a launcher kills the others when one leaves with a code
+        self.watchdog.close()
+        return STOPPED if stopping and self.done < self.steps else 0
+
+    def _read(self, reader: ThreadPoolExecutor, ahead: int = 0) -> Future:
+        """This rank's part of the batch of the step in hand, or of the one `ahead`."""
+        shape, batch = self.config.train, self.guard.batch(self.done + ahead)
+        return reader.submit(
+            step_data, self.data, batch, shape.global_batch_size, shape.micro_batch_size, self.rank, self.world
+        )
+
+    def _validated(self) -> dict[str, float]:
+        self.watchdog.at(self.done, "validation")
+        v, micro = self.config.validation, self.config.train.micro_batch_size
+        return validate(self.engine, self.data, v.rows, v.times, micro, self.engine.device) if v.rows else {}
+
+    def _references(self) -> dict[str, float]:
+        """What health is measured against."""
+        v, micro = self.config.validation, self.config.train.micro_batch_size
+        if not v.rows:
+            return {}
+        found = references(self.engine, self.data, v.rows, micro, self.engine.device)
+        return {"uniform_ce": math.log(self.engine.module.config.vocab_size), **found}
+
+    def _save_if_due(self, last: bool) -> None:
+        """Not while numbers look wrong: the checkpoints from before must stay. At the end of a launch always."""
+        c = self.config.checkpoint
+        if not c.keep or not (last or (self.guard.calm and c.every and self.done % c.every == 0)):
+            return
+        self.watchdog.at(self.done, "checkpoint")
+        position = (self.guard.batch(self.done - 1) + 1) * self.config.train.global_batch_size
+        state = {
+            "tokens": self.done * self.tokens_per_step,
+            "dtype": self.dtype,
+            "corpus": self.config.data.path,
+            "rows": self.data.consumed(position),
+            "guard": self.guard.state(),
+        }
+        checkpoint.save(self.engine, self.config, self.done, state)
+
+    def _skipped(self, verdict: str) -> None:
+        """Say that the last step made no update; raise UserError where that has been so too often."""
+        batch = self.guard.batch(self.done - 1)
+        self._incident("non-finite loss or gradient", batch, batch)
+        self.log.say(
+            f"warning: step {self.done} had a non-finite loss or gradient; no update was made "
+            f"({self.guard.skipped} in all), its samples are in {self.config.run_dir}/incidents.jsonl"
+        )
+        if verdict == "stop":
+            self.log.close()
+            raise UserError(
+                f"{self.guard.in_a_row} steps in a row had a non-finite loss or gradient, the last was step "
+                f"{self.done}; the checkpoints in {self.config.run_dir}/checkpoints are from before. Look at "
+                f"{self.config.run_dir}/incidents.jsonl; try a smaller optimizer.lr or more optimizer.warmup_steps"
+            )
+
+    def _rolled_back(self) -> bool:
+        """After a spike: whether the run was taken back to a checkpoint. Raises UserError where that was too often."""
+        guards, last = self.config.guards, self.done - 1
+        first = last - guards.spike_steps + 1
+        batches = self.guard.batch(first), self.guard.batch(last)
+        self._incident("loss spike", *batches)
+        about = (
+            f"steps {first + 1} to {self.done} have losses more than {guards.spike_factor:g} deviations above before"
+        )
+        if guards.on_spike == "warn":
+            self.log.say(f"warning: {about}; their samples are in {self.config.run_dir}/incidents.jsonl")
+            return False
+        if self.guard.rollbacks >= guards.max_rollbacks:
+            self.log.close()
+            raise UserError(f"{about}, after guards.max_rollbacks={guards.max_rollbacks} roll-backs")
+        self.watchdog.at(self.done, "roll-back")
+        found = checkpoint.find(self.config.run_dir, at_most=first, world_size=self.world, say=self._say_plainly)
+        if found is None:
+            self.log.say(f"warning: {about}, and there is no checkpoint from before to roll back to")
+            return False
+        self.guard.leave_out(*batches)
+        self.done = checkpoint.load(self.engine, found)
+        self.log.rewind(self.done)
+        self.log.say(f"warning: {about}; back to step {self.done}, passing over batches {batches[0]} to {batches[1]}")
+        return True
+
+    def _incident(self, kind: str, first: int, last: int) -> None:
+        if self.rank == 0:
+            size = self.config.train.global_batch_size
+            samples = [self.data.describe(n) for n in range(first * size, (last + 1) * size)]
+            write_incident(self.config.run_dir, kind, self.done, [first, last], samples)
+
+    def _say_plainly(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
 
 
 class StopRequest:

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -150,20 +152,56 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 
 def launch(
-    ranks: int, arguments: list[str], cwd: Path = ROOT, launcher: str = "torchrun", timeout: int = 300
+    ranks: int, arguments: list[str], cwd: Path = ROOT, launcher: str = "processes", timeout: int = 300
 ) -> subprocess.CompletedProcess:
-    """Run a script under a launcher on `ranks` CPU processes of one thread; returns its outcome."""
+    """Run a script on `ranks` CPU processes of one thread; returns its outcome.
+
+    `launcher` is torchrun, deepspeed, or "processes": as srun starts them, without a launcher's own time.
+    """
     binary = Path(sys.executable)
+    if launcher == "processes":
+        return _processes(ranks, arguments, cwd, timeout)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     if launcher == "deepspeed":
         command = [str(binary.with_name("deepspeed")), "--num_accelerators", str(ranks), "--master_port", _port()]
-    elif launcher == "torchrun":
-        command = [str(binary), "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", _port()]
     else:
-        command = [str(binary)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+        command = [str(binary), "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", _port()]
     return subprocess.run(
         [*command, *arguments], cwd=cwd, env=environment, timeout=timeout, text=True, capture_output=True, check=False
     )
+
+
+def start(ranks: int, arguments: list[str], folder: Path, cwd: Path = ROOT) -> list[subprocess.Popen]:
+    """One process a rank, as srun starts them; their output goes to folder/out.RANK and folder/err.RANK."""
+    port, started = _port(), []
+    common = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    for rank in range(ranks):
+        environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with open(folder / f"out.{rank}", "wb") as out, open(folder / f"err.{rank}", "wb") as err:
+            command = [sys.executable, *arguments]
+            started.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=out, stderr=err))
+    return started
+
+
+def _processes(ranks: int, arguments: list[str], cwd: Path, timeout: int) -> subprocess.CompletedProcess:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        started = start(ranks, arguments, folder, cwd)
+        deadline = time.monotonic() + timeout
+        while any(process.poll() is None for process in started) and time.monotonic() < deadline:
+            if any(process.returncode for process in started):  # one failed: the others may wait for it for ever
+                deadline = min(deadline, time.monotonic() + 30)
+            time.sleep(0.02)
+        for process in started:
+            process.kill()
+            process.wait()
+        out, err = (
+            "".join((folder / f"{kind}.{rank}").read_text(errors="replace") for rank in range(ranks))
+            for kind in ("out", "err")
+        )
+    code = next((process.returncode for process in started if process.returncode), 0)
+    return subprocess.CompletedProcess(arguments, code, out, err)
 
 
 def _port() -> str:

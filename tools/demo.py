@@ -108,7 +108,7 @@ def make_plan(run_dir: Path, steps: int | None, began: float) -> dict:
         train_command(probe, "train.steps=3", *settings),
         run_dir / "speed.log",
     )
-    measured = [m for m in read_metrics(probe) if "loss" in m]
+    measured = [m for m in read_metrics(probe) if m["step"]]
     speed = measured[-1]["tokens_per_second"]
     if len(measured) < 3:  # the first two steps take at least twice as long as the others
         speed *= 2

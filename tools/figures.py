@@ -26,7 +26,7 @@ def loss_figure(run_dirs: list[str | Path], output: str | Path) -> Path:
     )  # fmt: skip
     for number, run_dir in enumerate(run_dirs):
         metrics = read_metrics(run_dir)
-        steps = [m for m in metrics if "loss" in m]
+        steps = [m for m in metrics if m.get("loss") is not None]  # null where it was not finite
         if not steps:
             raise UserError(f"{run_dir} has no finished step in metrics.jsonl")
         colour, name = f"C{number}", Path(run_dir).name
@@ -53,7 +53,7 @@ def loss_figure(run_dirs: list[str | Path], output: str | Path) -> Path:
 
 
 def _held_out(metrics: list[dict]) -> list[tuple[str, str]]:
-    keys = sorted({key for m in metrics for key in m if key.startswith("val_masked_ce")})
+    keys = sorted({key for m in metrics for key in m if key.startswith("val_masked_ce") and "_to_t" not in key})
     return list(zip(keys, ("o-", "s--", "^--", "v--", "d--", "x--", "+--")))
 
 

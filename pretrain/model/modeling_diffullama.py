@@ -30,9 +30,11 @@ IGNORE = -100  # label of positions that bear no loss, as everywhere in transfor
 
 @dataclass
 class DiffusionOutput(MaskedLMOutput):
-    """MaskedLMOutput, and `nll` (labelled,): the loss of each labelled position in nats, in row-major order."""
+    """MaskedLMOutput, and of each labelled position, in row-major order: `nll` (labelled,), its loss in nats, and
+    `predicted` (labelled,), its most likely token, where no gradients are wanted."""
 
     nll: torch.Tensor | None = None
+    predicted: torch.Tensor | None = None
 
 
 class DiffusionModel:
@@ -105,8 +107,8 @@ class DiffusionModel:
         if loss_weights is None:
             loss_weights = torch.full(targets.shape, 1 / max(1, len(targets)), device=hidden.device)
         how = choose_loss(self.loss_path, hidden.device)
-        loss, nll = head(hidden[:, :-1][chosen], targets, loss_weights, how)
-        return DiffusionOutput(loss=loss, nll=nll)
+        loss, nll, predicted = head(hidden[:, :-1][chosen], targets, loss_weights, how)
+        return DiffusionOutput(loss=loss, nll=nll, predicted=predicted)
 
     def diffusion_generate(self, input_ids: torch.LongTensor, **kwargs):
         """Replace the mask tokens of `input_ids` (B, L) by samples; see `sampling.generate`."""

@@ -25,7 +25,7 @@ def test_chunked_equals_plain(tokens, vocabulary, width, bias, seed, chunk_bytes
     try:
         for how in ("plain", "chunked"):
             inputs = [x.clone().requires_grad_() for x in (hidden, weight, offset) if x is not None]
-            total, nll = loss.linear_cross_entropy(*inputs[:2], inputs[2] if bias else None, targets, weights, how)
+            total, nll, *_ = loss.linear_cross_entropy(*inputs[:2], inputs[2] if bias else None, targets, weights, how)
             results.append([total, nll, *torch.autograd.grad(3 * total, inputs)])
     finally:
         loss.CHUNK_BYTES = before
@@ -41,19 +41,21 @@ def test_a_shared_weight_gets_both_gradients():
     gradients = []
     for how in ("plain", "chunked"):
         w = weight.clone().requires_grad_()
-        total, _ = loss.linear_cross_entropy(F.embedding(ids, w).tanh(), w, None, ids.roll(1), torch.ones(20), how)
+        total, *_ = loss.linear_cross_entropy(F.embedding(ids, w).tanh(), w, None, ids.roll(1), torch.ones(20), how)
         gradients.append(torch.autograd.grad(total, w)[0])
     torch.testing.assert_close(*gradients)
 
 
 def test_huge_logits_stay_finite():
     hidden, weight = torch.tensor([[1e4]]), torch.tensor([[1.0], [-1.0]])
-    total, _ = loss.linear_cross_entropy(hidden, weight, None, torch.tensor([1]), torch.ones(1))
+    total, *_ = loss.linear_cross_entropy(hidden, weight, None, torch.tensor([1]), torch.ones(1))
     assert total.item() == pytest.approx(2e4)
 
 
 def test_without_gradients_none_are_kept():
     hidden, weight = torch.randn(30, 4), torch.nn.Parameter(torch.randn(9, 4))
     with torch.no_grad():
-        total, nll = loss.linear_cross_entropy(hidden, weight, None, torch.zeros(30, dtype=torch.long), torch.ones(30))
+        targets = torch.zeros(30, dtype=torch.long)
+        total, nll, predicted = loss.linear_cross_entropy(hidden, weight, None, targets, torch.ones(30))
     torch.testing.assert_close(nll.sum(), total)
+    assert torch.equal(predicted, (hidden @ weight.T).argmax(1))

@@ -2,11 +2,12 @@
 
 import json
 import os
+import random
 import subprocess
-import sys
+import time
 
 import pytest
-from conftest import ROOT, launch
+from conftest import launch, start
 
 from pretrain.telemetry import read_metrics
 
@@ -14,7 +15,7 @@ COMPARED = ("loss", "masked_ce", "grad_norm", "lr")
 
 
 def run(ranks: int, arguments: list[str], expected: int = 0) -> str:
-    outcome = launch(ranks, arguments, launcher="torchrun" if ranks > 1 else "python")
+    outcome = launch(ranks, arguments)
     assert outcome.returncode == expected, outcome.stdout[-1000:] + outcome.stderr[-3000:]
     return outcome.stdout + outcome.stderr
 
@@ -26,17 +27,26 @@ def assert_close(a: list[dict], b: list[dict], rel: float) -> None:
             assert x[key] == pytest.approx(y[key], rel=rel), (x["step"], key)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_on_other_numbers_of_ranks_it_goes_on_the_same(tiny_run, stage):
-    """Two ranks, then one, then two: the losses of a run that never changed."""
-    whole_arguments, whole = tiny_run(f"whole{stage}", stage=stage, **{"train.steps": 6})
+@pytest.mark.parametrize(("stage", "ranks"), [(1, (2, 1, 2)), (2, (2, 1, 2)), (3, (2, 1, 2)), (3, (4, 2))])
+def test_on_other_numbers_of_ranks_it_goes_on_the_same(tiny_run, tmp_path, stage, ranks):
+    """The losses of a run that never changed, and every sample once: as recorded where ranks train on them."""
+    name = f"{stage}{''.join(map(str, ranks))}"
+    whole_arguments, whole = tiny_run(f"whole{name}", stage=stage, **{"train.steps": 6})
     run(2, whole_arguments)
-    arguments, folder = tiny_run(f"elastic{stage}", stage=stage, **{"train.steps": 6, "train.exit_interval": 2})
-    for ranks in (2, 1, 2):
-        output = run(ranks, arguments)
-    assert "was written by 1 ranks, now 2" in output
+    settings = {"train.steps": 6, "train.exit_interval": 6 // len(ranks)}
+    arguments, folder = tiny_run(f"elastic{name}", stage=stage, **settings)
+    seen: dict[int, list[int]] = {step: [] for step in range(6)}
+    for launched, n in enumerate(ranks):
+        output = run(n, ["tests/scripts/patched.py", "record", str(tmp_path / f"samples{launched}"), *arguments])
+        for path in tmp_path.glob(f"samples{launched}.*"):
+            for line in path.read_text().splitlines():
+                seen[json.loads(line)["step"]] += json.loads(line)["numbers"]
+    assert f"was written by {ranks[-2]} ranks, now {ranks[-1]}" in output
     assert_close(read_metrics(whole), read_metrics(folder), 1e-5)
     assert not list((folder / "checkpoints").glob("*.universal"))
+    assert {step: sorted(numbers) for step, numbers in seen.items()} == {
+        step: list(range(8 * step, 8 * step + 8)) for step in range(6)
+    }
 
 
 def test_another_zero_stage_is_refused(tiny_run):
@@ -118,27 +128,28 @@ def test_a_changed_configuration_needs_a_word(tiny_run):
     assert read_metrics(folder)[-1]["step"] == 2
 
 
-def test_killed_at_any_moment_it_ends_the_same(tiny_run):
-    """kill -9 of the whole group, at five moments, checkpoints every step."""
-    import random
-    import signal
-    import time
-
-    settings = {"train.steps": 12, "checkpoint.every": 1}
+def test_killed_at_any_moment_it_ends_the_same(tiny_run, tmp_path):
+    """kill -9 of one rank, or of both, at ten moments, some of them while a checkpoint is written."""
+    settings = {"train.steps": 24, "checkpoint.every": 1}
     whole_arguments, whole = tiny_run("kill_whole", **settings)
-    run(1, whole_arguments)
+    run(2, whole_arguments)
     arguments, folder = tiny_run("kill", **settings)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    rng = random.Random(0)
-    for target in (1, 3, 5, 7, 9):
-        with subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True,
-        ) as process:  # fmt: skip
-            while process.poll() is None and not any(m["step"] >= target for m in read_metrics(folder)[-1:]):
-                time.sleep(0.002)
-            time.sleep(rng.random() * 0.3)  # in a step, or while it saves
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    run(1, arguments)
+    rng, saving = random.Random(0), 0
+    for target in range(1, 21, 2):
+        started = start(2, arguments, tmp_path)
+        while all(p.poll() is None for p in started) and not any(
+            m["step"] >= target for m in read_metrics(folder)[-1:]
+        ):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.3)  # in a step, or while it saves
+        first = rng.choice(started)
+        first.kill()
+        saving += bool(list(folder.glob("checkpoints/*.tmp")))
+        if rng.random() < 0.5:
+            time.sleep(0.3)  # the other one notices, or is in the middle of its part
+        for process in started:  # as a launcher does when one is gone
+            process.kill()
+            process.wait()
+    assert saving  # at least once
+    run(2, arguments)
     assert_close(read_metrics(whole), read_metrics(folder), 0)

@@ -20,7 +20,7 @@ from pretrain.telemetry import MACHINE, read_metrics
 COMPARED = ("loss", "masked_ce", "grad_norm", "lr", "anneal_ratio", "tokens")
 
 
-def run(ranks: int, arguments: list[str], launcher: str = "torchrun"):
+def run(ranks: int, arguments: list[str], launcher: str = "processes"):
     outcome = launch(ranks, arguments, launcher=launcher)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     return outcome
@@ -102,9 +102,9 @@ def test_the_first_loss_is_the_objective_computed_anew(by_stage, tiny_run, base_
 
 def test_normalising_by_maskable_tokens_gives_the_nelbo(tiny_run):
     arguments, folder = tiny_run("maskable", **{"train.steps": 1, "diffusion.normalize_by": "maskable"})
-    run(1, arguments, "python")
+    run(1, arguments)
     other, masked = tiny_run("masked", **{"train.steps": 1})
-    run(1, other, "python")
+    run(1, other)
     a, b = read_metrics(folder)[1], read_metrics(masked)[1]
     assert a["masked_ce"] == b["masked_ce"] and a["loss"] != b["loss"]
     from pretrain.data import TrainData, step_data
@@ -118,7 +118,7 @@ def test_normalising_by_maskable_tokens_gives_the_nelbo(tiny_run):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_resumed_at_every_step_equals_never_stopped(tiny_run, stage):
     whole_args, whole = tiny_run(f"whole{stage}", stage=stage, **{"train.steps": 3})
-    run(2, whole_args)
+    run(2, whole_args, "torchrun")
     broken_args, broken = tiny_run(f"broken{stage}", stage=stage, **{"train.steps": 3, "train.exit_interval": 1})
     for _ in range(3):
         run(2, broken_args)
@@ -168,7 +168,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_run):
     assert process.returncode == 75, output
     stopped = read_metrics(folder)[-1]["step"]
     assert f"SIGTERM asked to stop; saved step {stopped} of 100000" in output
-    run(1, [*arguments, f"train.steps={stopped + 2}"], "python")
+    run(1, [*arguments, f"train.steps={stopped + 2}"])
     assert [m["step"] for m in read_metrics(folder)] == list(range(stopped + 3))
 
 
@@ -182,7 +182,7 @@ def test_the_clock_ends_a_run_with_a_validation(tiny_run):
 
 def test_old_checkpoints_go_and_the_newest_stays(tiny_run):
     arguments, folder = tiny_run("keep", **{"checkpoint.every": 1, "checkpoint.keep": 2, "train.steps": 4})
-    run(1, arguments, "python")
+    run(1, arguments)
     checkpoints = folder / "checkpoints"
     assert sorted(f.name for f in checkpoints.glob("step_*")) == ["step_00000003", "step_00000004"]
     assert (checkpoints / "latest").read_text() == "step_00000004"
@@ -191,7 +191,7 @@ def test_old_checkpoints_go_and_the_newest_stays(tiny_run):
 @pytest.fixture(scope="module")
 def finished(tiny_run):
     arguments, folder = tiny_run("finished", **{"train.steps": 2})
-    run(1, arguments, "python")
+    run(1, arguments)
     return arguments, folder
 
 
@@ -207,7 +207,7 @@ def finished(tiny_run):
 def test_another_configuration_in_the_same_folder_is_refused(finished, override, message):
     arguments, folder = finished
     before = (folder / "metrics.jsonl").read_text()
-    outcome = launch(1, [*arguments, override], launcher="python")
+    outcome = launch(1, [*arguments, override])
     assert outcome.returncode == 2 and message in outcome.stderr
     assert (folder / "metrics.jsonl").read_text() == before
 
@@ -239,7 +239,7 @@ def corpus_with(corpus_dir, target, damage: str):
 def test_bad_corpora(tiny_run, corpus_dir, tmp_path, damage, message):
     corpus_with(corpus_dir, tmp_path / "corpus", damage)
     arguments, folder = tiny_run(f"bad {damage}", **{"data.path": tmp_path / "corpus"})
-    outcome = launch(1, arguments, launcher="python")
+    outcome = launch(1, arguments)
     errors = [line for line in outcome.stderr.splitlines() if line.startswith("error:")]
     assert outcome.returncode == 2 and len(errors) == 1 and message in errors[0] and str(tmp_path) in errors[0]
     assert not folder.exists()

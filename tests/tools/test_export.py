@@ -123,7 +123,7 @@ def test_parameter_names_are_the_base_architectures(trained, tmp_path, base_dir)
 @pytest.fixture(scope="module")
 def small_run(tiny_run):
     arguments, folder = tiny_run("export_small", **{"train.steps": 2, "checkpoint.every": 1})
-    outcome = launch(1, arguments, launcher="python")
+    outcome = launch(1, arguments)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     return folder
 
@@ -167,6 +167,6 @@ def test_an_exported_model_can_be_adapted_further(small_run, tmp_path, tiny_run)
     """On the same shards, from the same weights, the mask's embedding among them."""
     exported = export(small_run, tmp_path / "exported")
     arguments, folder = tiny_run("further", **{"model.base": exported, "train.steps": 1})
-    outcome = launch(1, arguments, launcher="python")
+    outcome = launch(1, arguments)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert read_metrics(folder)[0]["val_nelbo"] == pytest.approx(read_metrics(small_run)[-1]["val_nelbo"], rel=1e-6)

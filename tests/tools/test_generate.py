@@ -13,7 +13,7 @@ from tools.generate import encode, main
 @pytest.fixture(scope="module")
 def run_dir(tiny_run):
     arguments, folder = tiny_run("generate", **{"train.steps": 3})
-    outcome = launch(1, arguments, launcher="python")
+    outcome = launch(1, arguments)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     return folder
 
