@@ -4,8 +4,10 @@ In: the run configuration's model section. Out: a tokenizer that knows the mask,
 class of the base's architecture with the base's weights.
 """
 
+import ctypes
 import importlib.util
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -105,13 +107,14 @@ def load_model(model: ModelConfig, config: PretrainedConfig, mask_token_id: int,
             setattr(config, key, 0.0)
     vocabulary = config.vocab_size
     new = model.mask_token_id is None and getattr(config, "mask_token_id", None) != mask_token_id
-    loaded = diffusion_class(type(config)).from_pretrained(
-        model.base,
-        config=config,
-        revision=model.revision,
-        dtype=dtype,
-        use_safetensors=True,
-    )
+    with freed_memory_returns():
+        loaded = diffusion_class(type(config)).from_pretrained(
+            model.base,
+            config=config,
+            revision=model.revision,
+            dtype=dtype,
+            use_safetensors=True,
+        )
     loaded.config.use_cache = False
     loaded.config.mask_token_id = mask_token_id
     if mask_token_id >= vocabulary:
@@ -123,6 +126,27 @@ def load_model(model: ModelConfig, config: PretrainedConfig, mask_token_id: int,
     loaded.attention_backend, loaded.loss_path = model.attention, model.loss
     accelerate_blocks(loaded, model)
     return loaded
+
+
+@contextmanager
+def freed_memory_returns() -> Iterator[None]:
+    """Within it, memory of freed tensors goes back to the machine at once.
+
+    Under ZeRO-3 a model is made and partitioned layer by layer, but glibc keeps the blocks that were freed and
+    cannot reuse many of them: each rank then peaks at a full copy (benchmarks/host_memory.md).
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        yield
+        return
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt(mmap_threshold, 128 << 10)
+    try:
+        yield
+    finally:  # what glibc itself arrives at in a process with large tensors
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 64 << 20)
 
 
 def accelerate_blocks(loaded, model: ModelConfig) -> None:

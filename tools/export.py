@@ -12,12 +12,15 @@ DeepSpeed keeps checkpoints as pickles: export only runs that you trust.
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from data_prep.config import UserError, load_config
@@ -27,6 +30,7 @@ from pretrain.model.modeling_diffullama import diffusion_class
 from pretrain.telemetry import read_metrics
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHARD_BYTES = 4 << 30  # of a file; as much is in memory at once
 
 
 def export(run_dir: str | Path, out_dir: str | Path, step: int | None = None, dtype: str = "auto") -> Path:
@@ -46,18 +50,21 @@ def export(run_dir: str | Path, out_dir: str | Path, step: int | None = None, dt
         base = adapt.base_config(config.model, seq_len=0)
         model = adapt.load_model(config.model, base, model_config.mask_token_id, torch.float32)
         model.config.diffusion, about = model_config.diffusion, {"step": 0, "tokens": 0, "dtype": "fp32"}
+        weights = model.state_dict()
     else:
         folder, about = _checkpoint(run_dir, step)
         model = _empty_model(model_config)
-        model.load_state_dict(_weights(folder, about["zero_stage"], model), strict=True, assign=True)
-        model.tie_weights()
-    model = model.to(DTYPES[about["dtype"] if dtype == "auto" else dtype])
+        weights = _weights(folder, about["zero_stage"])
+    saved_as = DTYPES[about["dtype"] if dtype == "auto" else dtype]
+    model.config.dtype, model.config.architectures = saved_as, [type(model).__name__]
     model.config.diffusion = {**model.config.diffusion, "step": about["step"], "tokens": about["tokens"]}
 
     temporary = out_dir.with_name(out_dir.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    (temporary / "generation_config.json").unlink(missing_ok=True)  # the base's settings for left-to-right decoding
+    temporary.mkdir(parents=True)
+    save_weights(weights, model, saved_as, temporary)
+    model.save_code(temporary)
+    model.config.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(model_card(config, model, about, read_metrics(run_dir)), encoding="utf-8")
     if out_dir.exists():
@@ -88,17 +95,49 @@ def _empty_model(config) -> torch.nn.Module:
         return diffusion_class(type(config))(config)
 
 
-def _weights(folder: Path, stage: int, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """fp32 state dict of a DeepSpeed checkpoint of any ZeRO stage."""
+def _weights(folder: Path, stage: int) -> dict:
+    """The fp32 weights of a DeepSpeed checkpoint of any ZeRO stage by name; `.contiguous()` of each reads it."""
     if stage == 0:
-        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
-    else:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        path = folder / "mp_rank_00_model_states.pt"
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"]
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    for tied, source in model.all_tied_weights_keys.items():
-        state.setdefault(tied, state[source])
-    return {name: state[name].float() for name in model.state_dict()}
+    return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name, lazy_mode=True)
+
+
+def save_weights(weights: dict, model: torch.nn.Module, dtype: torch.dtype, folder: Path) -> None:
+    """Safetensors as transformers writes them, one file at a time in memory.
+
+    `weights` has values with `.contiguous()`; a weight that is tied to another is left out. Raises UserError for a
+    name or shape that is not the model's.
+    """
+    tied = model.all_tied_weights_keys
+    files: list[dict[str, torch.Size]] = [{}]
+    size = total = 0
+    for name, expected in model.state_dict().items():
+        if name in tied:
+            continue
+        found = weights.get(name, weights.get(next((t for t, source in tied.items() if source == name), "")))
+        if found is None or found.shape != expected.shape:
+            what = (
+                "is missing" if found is None else f"has shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+            )
+            raise UserError(f"the checkpoint does not fit the run's configuration: {name} {what}")
+        needed = expected.numel() * dtype.itemsize
+        if files[-1] and size + needed > SHARD_BYTES:
+            files.append({})
+            size = 0
+        files[-1][name] = found
+        size, total = size + needed, total + needed
+    index = {}
+    for number, part in enumerate(tqdm(files, desc="write", unit="file", disable=len(files) == 1), 1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        tensors = {key: value.contiguous().to(dtype) for key, value in part.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, name)
+    if len(files) > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def model_card(config: RunConfig, model, about: dict, metrics: list[dict]) -> str:

@@ -121,6 +121,11 @@ class DiffusionModel:
         """Weights, configuration and the code that loads them, complete for `from_pretrained`."""
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
+        self.save_code(save_directory)
+
+    def save_code(self, save_directory: str | Path) -> None:
+        """What a folder with weights and configuration also needs for `trust_remote_code`."""
+        self.config.auto_map = dict(AUTO_MAP)
         for name in REMOTE_CODE:
             target = Path(save_directory) / name
             if not target.exists() or not target.samefile(Path(__file__).with_name(name)):
