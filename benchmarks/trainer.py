@@ -1,6 +1,6 @@
 """What the trainer costs beside the bare DeepSpeed engine: the same model, batches and process, step about step.
 
-    torchrun --nproc_per_node 2 benchmarks/trainer.py --config CONFIG --deepspeed_config ds_configs/zero3.json key=value ...
+    torchrun --nproc_per_node 2 benchmarks/trainer.py --config CONFIG key=value ...
 
 Takes the arguments of pretrain/main.py. Before each of its steps the engine alone runs the same batch: forward,
 backward, update. A step of the trainer is all from there to the next: data, metrics over all ranks, guards,
@@ -71,11 +71,12 @@ def main() -> None:
         sys.exit(code)
     ratios = [w / b for w, b in zip(whole[WARM_UP:], bare[WARM_UP:])]
     low, middle, high = statistics.quantiles(ratios, n=4)
+    ratio = statistics.median(whole[WARM_UP:]) / statistics.median(bare[WARM_UP:])
     text = (
         f"{len(ratios)} steps on {rank['world']} ranks, {statistics.median(bare) * 1e3:.0f} ms each.\n\n"
-        f"Trainer ÷ bare engine: **{statistics.median(whole[WARM_UP:]) / statistics.median(bare[WARM_UP:]):.3f}** (ratio "
-        f"of medians); step about step {middle:.3f}, quartiles {low:.3f} to {high:.3f}. Reading a batch takes "
-        f"{statistics.median(data) / statistics.median(bare):.3f} of a step, in a thread beside it.\n"
+        f"Trainer ÷ bare engine: **{ratio:.3f}** (ratio of medians); step about step {middle:.3f}, quartiles "
+        f"{low:.3f} to {high:.3f}. Reading a batch takes {statistics.median(data) / statistics.median(bare):.3f} of "
+        f"a step, in a thread beside it.\n"
     )
     print(text)
     Path(__file__).with_suffix(".md").write_text(f"`torchrun benchmarks/trainer.py` wrote this.\n\n{text}")
