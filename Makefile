@@ -33,7 +33,7 @@ lint: setup ## ruff
 	$(BIN)/ruff format --check .
 
 test: lint ## lint and all tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .venv-bench/.installed: benchmarks/peers.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench

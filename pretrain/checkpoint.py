@@ -229,7 +229,7 @@ def resumption(config: RunConfig, ds_config: dict, say=print) -> tuple[Path, dic
     """What to resume from, before the engine is built: (folder to load, its checkpoint.json), or None.
 
     Where the number of ranks has changed, the checkpoint is converted to DeepSpeed's universal format beside
-    it, and `ds_config` is told to load that. Raises UserError for another ZeRO stage.
+    it, and `ds_config` is told to load that. Raises UserError for another ZeRO stage or offload setting.
     """
     found = find(config.run_dir, say=say)
     if found is None:
@@ -241,6 +241,11 @@ def resumption(config: RunConfig, ds_config: dict, say=print) -> tuple[Path, dic
             f"{folder} was written with ZeRO stage {about['zero_stage']}, now {stage}; take that --deepspeed_config, "
             "or export the checkpoint and adapt the export"
         )
+    if about.get("offload", "none") != offload_of(ds_config):
+        raise UserError(
+            f"{folder} was written with offload_optimizer {about.get('offload', 'none')}, now "
+            f"{offload_of(ds_config)}; take that --deepspeed_config, or export the checkpoint and adapt the export"
+        )
     ranks = _place()[1]
     if about["world_size"] == ranks or stage == 0:
         return folder, about
@@ -251,6 +256,11 @@ def resumption(config: RunConfig, ds_config: dict, say=print) -> tuple[Path, dic
     _barrier()
     ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}
     return universal, about
+
+
+def offload_of(ds_config: dict) -> str:
+    """Where the optimizer's states live beside the device: "none", "cpu" or "nvme"."""
+    return ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
 
 
 def _convert(folder: Path, universal: Path) -> None:

@@ -59,11 +59,12 @@ class Telemetry:
             return
         self._run_dir = Path(config.run_dir)
         self._heartbeat = self._run_dir / "heartbeat"  # for watchdogs: the last step, and when it ended
-        self._launched = LAUNCHED
+        before = read_metrics(self._run_dir)
+        self._launched = before[0].get("time", LAUNCHED) if before else LAUNCHED  # the run's first launch
         self._steps, self._warmup = steps, config.optimizer.warmup_steps
         self._bar = tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True)
         self._file = None
-        self._keep(start)
+        self._keep(start or -1)  # a run that begins anew also writes step 0 anew
         if config.wandb.mode != "disabled":
             import wandb
 
@@ -90,7 +91,6 @@ class Telemetry:
         path = self._run_dir / "metrics.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._launched = kept[0].get("time", self._launched) if kept else self._launched
         self._useful = sum(record.get("step_seconds", 0.0) for record in kept)
 
     def rewind(self, step: int) -> None:
@@ -116,7 +116,7 @@ class Telemetry:
         self._heartbeat.write_text(json.dumps({"step": record["step"], "time": now}))
         if self._wandb is not None:
             self._wandb.log(record)
-        if record["step"] and "val_masked_ce" in record:
+        if record["step"] >= health.RECENT and "val_masked_ce" in record:
             panel = health.panel(read_metrics(self._run_dir), self._run_dir / "health.png", self._run_dir.name)
             if self._wandb is not None:
                 import wandb

@@ -182,7 +182,11 @@ class Trainer:
         )
         self.steps = total_steps(config, self.data.seq_len)
         self.tokens_per_step = config.train.global_batch_size * self.data.seq_len
-        self.dtype = "bf16" if ds_config["bf16"]["enabled"] else "fp32"
+        self.saved = {
+            "dtype": "bf16" if ds_config["bf16"]["enabled"] else "fp32",
+            "corpus": config.data.path,
+            "offload": checkpoint.offload_of(ds_config),
+        }
         found = checkpoint.resumption(config, ds_config, say=self._say_plainly)
         self.watchdog.at(0, "loading")
         self.engine = build_engine(config, base_config, mask_token_id, ds_config)
@@ -272,9 +276,8 @@ class Trainer:
         self.watchdog.at(self.done, "checkpoint")
         position = (self.guard.batch(self.done - 1) + 1) * self.config.train.global_batch_size
         state = {
+            **self.saved,
             "tokens": self.done * self.tokens_per_step,
-            "dtype": self.dtype,
-            "corpus": self.config.data.path,
             "rows": self.data.consumed(position),
             "guard": self.guard.state(),
         }

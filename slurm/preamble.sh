@@ -30,6 +30,7 @@ train() {
     MASTER_ADDR="${MASTER_ADDR:-$(head -n 1 <<<"${nodes}")}"
     MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
     export MASTER_ADDR MASTER_PORT
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # of whatever submitted this job: srun sets the task's own
     local config=$1 ds_config=$2 code=0 run signalled=yes
     shift 2
     stop() { # forward it to the steps; `wait` returned early and must be called again

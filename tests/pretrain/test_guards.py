@@ -95,9 +95,9 @@ def test_after_a_roll_back_the_run_is_one_that_never_saw_those_batches(tiny_run)
         "train.steps": 24, "checkpoint.every": 10, "checkpoint.keep": 9, "guards.spike_factor": 4, "optimizer.lr": 1e-2,
     }  # fmt: skip
     expected_arguments, expected = tiny_run("left_out", **settings)
-    assert launch(2, ["tests/scripts/patched.py", "left_out", *expected_arguments]).returncode == 0
+    assert launch(1, ["tests/scripts/patched.py", "left_out", *expected_arguments]).returncode == 0
     arguments, folder = tiny_run("rolled_back", **settings, **{"guards.on_spike": "rollback"})
-    outcome = launch(2, ["tests/scripts/patched.py", "poison", *arguments])
+    outcome = launch(1, ["tests/scripts/patched.py", "poison", *arguments])
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert "back to step 10, passing over batches 18 to 20" in outcome.stdout
     same(read_metrics(expected), read_metrics(folder))

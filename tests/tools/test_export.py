@@ -151,6 +151,35 @@ def test_an_older_step_and_another_dtype(small_run, tmp_path):
     assert all(torch.equal(half[name], b[name].bfloat16()) for name in b)
 
 
+def test_written_in_several_files_it_is_the_same(trained, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    _, folder = trained
+    whole = export(folder, tmp_path / "whole")
+    monkeypatch.setattr("tools.export.SHARD_BYTES", 20_000)
+    parts = export(folder, tmp_path / "parts")
+    files = sorted(parts.glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    read = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = load_file(whole / "model.safetensors")
+    assert read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in read)
+    _, info = AutoModelForCausalLM.from_pretrained(parts, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_a_checkpoint_of_another_shape_is_refused_before_anything_is_written(small_run, tmp_path):
+    import shutil
+
+    other = tmp_path / "run"
+    shutil.copytree(small_run, other)
+    config = json.loads((other / "model" / "config.json").read_text())
+    (other / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+    with pytest.raises(UserError, match="does not fit the run's configuration"):
+        export(other, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
 def test_errors(small_run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
