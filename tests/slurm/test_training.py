@@ -1,5 +1,6 @@
 """`sbatch slurm/diffullama_7b.sh` over two nodes, requeued in the middle, ends like an undisturbed run."""
 
+import json
 import time
 
 import pytest
@@ -26,6 +27,7 @@ def test_requeued_in_the_middle_it_ends_the_same(cluster, small, tmp_path):
     (tmp_path / "config.yaml").write_text("{}\n")
     environment = {
         "CONFIG": str(tmp_path / "config.yaml"), "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu",
+        "RANK": "0", "WORLD_SIZE": "1",  # left over in the shell that submits
     }  # fmt: skip
     overrides, folder = small("slurm")
     job = cluster.submit(*SMALL, "slurm/diffullama_7b.sh", *overrides, **environment)
@@ -43,6 +45,7 @@ def test_requeued_in_the_middle_it_ends_the_same(cluster, small, tmp_path):
     outcome = launch(2, ["pretrain/main.py", "--config", environment["CONFIG"],
                          "--deepspeed_config", "ds_configs/zero3.json", *undisturbed])  # fmt: skip
     assert outcome.returncode == 0, outcome.stderr[-2000:]
+    assert json.loads((folder / "checkpoints/step_00000080/checkpoint.json").read_text())["world_size"] == 2
     a, b = read_metrics(folder), read_metrics(other)
     assert [m["step"] for m in a] == [m["step"] for m in b] == list(range(81))
     assert a[-1]["loss"] == b[-1]["loss"] and a[-1]["val_nelbo"] == b[-1]["val_nelbo"]
