@@ -84,6 +84,16 @@ class Manifest:
     def save(self, directory: Path) -> None:
         write_atomically(directory / "manifest.json", json.dumps(asdict(self), indent=1).encode() + b"\n")
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what a run draws from: every shard's content in order, by source, and the weights."""
+        sources = [
+            [source.name, source.weight, [[shard.sha256 for shard in getattr(source, split)] for split in SPLITS]]
+            for source in self.sources
+        ]
+        content = json.dumps([self.seq_len, self.tokenizer["fingerprint"], sources])
+        return hashlib.sha256(content.encode()).hexdigest()
+
     @classmethod
     def load(cls, directory: str | Path) -> "Manifest":
         """Raises UserError where there is no manifest, or one of another format."""

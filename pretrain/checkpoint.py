@@ -225,11 +225,12 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def resumption(config: RunConfig, ds_config: dict, say=print) -> tuple[Path, dict] | None:
+def resumption(config: RunConfig, ds_config: dict, corpus: str, say=print) -> tuple[Path, dict] | None:
     """What to resume from, before the engine is built: (folder to load, its checkpoint.json), or None.
 
     Where the number of ranks has changed, the checkpoint is converted to DeepSpeed's universal format beside
-    it, and `ds_config` is told to load that. Raises UserError for another ZeRO stage or offload setting.
+    it, and `ds_config` is told to load that. Raises UserError for another ZeRO stage or offload setting, or
+    shards other than those of the fingerprint `corpus`.
     """
     found = find(config.run_dir, say=say)
     if found is None:
@@ -240,6 +241,11 @@ def resumption(config: RunConfig, ds_config: dict, say=print) -> tuple[Path, dic
         raise UserError(
             f"{folder} was written with ZeRO stage {about['zero_stage']}, now {stage}; take that --deepspeed_config, "
             "or export the checkpoint and adapt the export"
+        )
+    if about["corpus_fingerprint"] != corpus and not config.checkpoint.allow_changes:
+        raise UserError(
+            f"{folder} was trained on other shards than {config.data.path} has now (at the time: {about['corpus']}); "
+            "take those, choose another run_dir, or checkpoint.allow_changes=true to go on with these"
         )
     if about.get("offload", "none") != offload_of(ds_config):
         raise UserError(

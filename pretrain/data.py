@@ -128,6 +128,7 @@ class TrainData:
         self.seq_len, self.seed, self.tokenizer = manifest.seq_len, seed, manifest.tokenizer
         self.mask_token_id, self.isolated, self.eps = mask_token_id, isolated, eps
         self.times, self.global_batch = times, global_batch
+        self.fingerprint = manifest.fingerprint
         self._pattern = mixture_pattern([chosen[name] for name in self.names])
         self._per_period = np.bincount(self._pattern, minlength=len(self.names))
         self._rank = np.empty_like(self._pattern)  # how many of the same source stand before, in the period

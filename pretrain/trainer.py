@@ -185,9 +185,10 @@ class Trainer:
         self.saved = {
             "dtype": "bf16" if ds_config["bf16"]["enabled"] else "fp32",
             "corpus": config.data.path,
+            "corpus_fingerprint": self.data.fingerprint,
             "offload": checkpoint.offload_of(ds_config),
         }
-        found = checkpoint.resumption(config, ds_config, say=self._say_plainly)
+        found = checkpoint.resumption(config, ds_config, self.data.fingerprint, say=self._say_plainly)
         self.watchdog.at(0, "loading")
         self.engine = build_engine(config, base_config, mask_token_id, ds_config)
         special = self.data.tokenizer["special_ids"]

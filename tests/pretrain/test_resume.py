@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import launch, start
+from conftest import config, launch, start, write_jsonl
 
+from data_prep.prepare import prepare
 from pretrain.telemetry import read_metrics
 
 COMPARED = ("loss", "masked_ce", "grad_norm", "lr")
@@ -69,6 +70,18 @@ def test_another_zero_stage_is_refused(tiny_run):
     run(1, arguments)
     other, _ = tiny_run("stage", stage=3, **{"train.steps": 2, "train.exit_interval": 1})
     assert "was written with ZeRO stage 1, now 3" in run(1, other, expected=2)
+
+
+def test_other_shards_are_refused_and_moved_ones_are_not(tiny_run, corpus_dir, tokenizer_dir, tales, tmp_path):
+    arguments, _ = tiny_run("shards", **{"train.steps": 3, "train.exit_interval": 1})
+    run(1, arguments)
+    shutil.copytree(corpus_dir, tmp_path / "moved")
+    run(1, [*arguments, f"data.path={tmp_path / 'moved'}"])
+    other = config(tmp_path, tokenizer_dir, [write_jsonl(tmp_path / "a.jsonl", tales[:50])], seq_len=32)
+    prepare(other, progress=False)
+    output = run(1, [*arguments, f"data.path={other.output_dir}"], expected=2)
+    assert "was trained on other shards than" in output and "checkpoint.allow_changes=true" in output
+    run(1, [*arguments, f"data.path={other.output_dir}", "checkpoint.allow_changes=true"])
 
 
 def test_another_offload_setting_is_refused(tiny_run):

@@ -8,13 +8,14 @@ import sys
 import torch
 import torch.distributed as dist
 
+from data_prep.shards import Manifest
 from pretrain import checkpoint, main, trainer
 
 ids_file, out_file, arguments = sys.argv[1], sys.argv[2], sys.argv[4:]
 
 
 def instead_of_training(config, base, tokenizer, mask_token_id, ds_config):
-    found = checkpoint.resumption(config, ds_config)
+    found = checkpoint.resumption(config, ds_config, Manifest.load(config.data.path).fingerprint)
     engine = trainer.build_engine(config, base, mask_token_id, ds_config)
     assert checkpoint.load(engine, found) > 0
     engine.eval()
