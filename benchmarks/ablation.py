@@ -259,14 +259,18 @@ def main() -> None:
         f"the best of the learning rates {', '.join(f'{rate:g}' for rate in RATES)} by masked CE at t = 0.5; mean and "
         f"half range of {len(SEEDS)} seeds, held-out text.",
         "",
-        "| annealing | lr | CE, t = 0.15 | t = 0.5 | t = 0.9 | accuracy, t = 0.15 "
-        "| gradient norm: first, largest, second half | moved |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| annealing | lr | CE, t = 0.15 | t = 0.5 | t = 0.9 | CE less that of none, by seed: t = 0.15 | t = 0.5 "
+        "| accuracy, t = 0.15 | gradient norm: first, largest, second half | moved |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
 
     def spread(runs: list[dict], key: str, digits: int = 3) -> str:
         values = [run[key] for run in runs]
         return f"{statistics.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+    def less_none(runs: list[dict], key: str) -> str:
+        """Of the same seed, so the same rows and noise."""
+        return ", ".join(f"{run[key] - none[key]:+.3f}" for run, none in zip(runs, best["none"]))
 
     for name, runs in best.items():
         mean = {
@@ -274,7 +278,7 @@ def main() -> None:
         }
         lines.append(
             f"| {name} | {runs[0]['lr']:g} | {' | '.join(spread(runs, f't{t:g}') for t in TIMES)} | "
-            f"{spread(runs, 'accuracy0.15')} | "
+            f"{less_none(runs, 't0.15')} | {less_none(runs, 't0.5')} | {spread(runs, 'accuracy0.15')} | "
             f"{mean['first_norm']:.1f}, {mean['max_norm']:.1f}, {mean['late_norm']:.1f} | {mean['moved']:.2f} |"
         )
     text = "\n".join(lines) + "\n"
