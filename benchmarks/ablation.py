@@ -214,22 +214,37 @@ def adapt(name: str, rate: float, seed: int, shards: str, base: dict, out: Path,
 
 
 def figure(best: dict[str, list[dict]], path: Path) -> None:
-    """Held-out loss over tokens, mean and range of the seeds."""
+    """Left: held-out loss over tokens, mean and range of the seeds. Right: what each gains over none, by seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axis = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
-    for i, (name, runs) in enumerate(best.items()):
+    fig, (curves, gains) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=[1, 1.2], constrained_layout=True)
+    tuned = [name for name in best if "," not in name or "shift" in name]
+    for i, name in enumerate(tuned):
+        runs = best[name]
         tokens = [t for t, _ in runs[0]["curve"]]
         values = list(zip(*[[v for _, v in run["curve"]] for run in runs]))
-        axis.plot(tokens, [statistics.mean(v) for v in values], color=f"C{i}", label=name)
-        axis.fill_between(tokens, [min(v) for v in values], [max(v) for v in values], color=f"C{i}", alpha=0.15)
-    axis.set(xlabel="tokens of adaptation", ylabel="held-out cross-entropy at masked tokens, t = 0.5 (nats)")
-    axis.set_ylim(top=min(axis.get_ylim()[1], 8))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+        curves.plot(tokens, [statistics.mean(v) for v in values], color=f"C{i}", label=name)
+        curves.fill_between(tokens, [min(v) for v in values], [max(v) for v in values], color=f"C{i}", alpha=0.15)
+    curves.set(xlabel="tokens of adaptation", title="held-out CE at masked tokens, t = 0.5 (nats)")
+    curves.legend(fontsize=8)
+    shown = [name for name in best if name != "none" and "shift" not in name]
+    for offset, (key, label) in enumerate((("t0.15", "t = 0.15"), ("t0.5", "t = 0.5"), ("t0.9", "t = 0.9"))):
+        points = [
+            (run[key] - none[key], row + 0.2 * (offset - 1))
+            for row, name in enumerate(shown)
+            for run, none in zip(best[name], best["none"])
+        ]
+        gains.plot(*zip(*points), "o", color=f"C{offset}", markersize=4, label=label)
+    gains.axvline(0, color="0.4", linewidth=0.8)
+    gains.set_yticks(range(len(shown)), shown, fontsize=8)
+    gains.invert_yaxis()
+    gains.set(title="CE less that of none, same seed (nats): left is better")
+    gains.legend(fontsize=8)
+    for axis in (curves, gains):
+        axis.grid(alpha=0.3)
     fig.savefig(path, dpi=130)
 
 
