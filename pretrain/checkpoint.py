@@ -44,6 +44,7 @@ FREE = (
     "wandb",
 )
 PACKAGES = ("torch", "deepspeed", "transformers")
+ADAM_BYTES = 12  # a parameter: fp32 copy and two moments
 SPARE = 1.1  # times the newest checkpoint's size that must be free before another is written
 
 
@@ -159,7 +160,8 @@ def save(engine, config: RunConfig, step: int, state: dict) -> Path | None:
         for old in root.glob("step_*.tmp"):  # of a process that was killed
             shutil.rmtree(old, ignore_errors=True)
         root.mkdir(parents=True, exist_ok=True)
-    short = _gathered({"short": _missing_bytes(root) if rank == 0 else 0} if rank == 0 else {})["short"]
+    states = ADAM_BYTES * sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    short = _gathered({"short": _missing_bytes(root, states)} if rank == 0 else {})["short"]
     if short > 0:
         if rank == 0:
             print(f"warning: step {step} is not saved: {root} lacks {short / 1e9:.1f} GB of free space", flush=True)
@@ -193,9 +195,10 @@ def save(engine, config: RunConfig, step: int, state: dict) -> Path | None:
     return folder
 
 
-def _missing_bytes(root: Path) -> float:
-    """How much more space another checkpoint needs than there is, going by the newest; not above 0: enough."""
-    sizes = []
+def _missing_bytes(root: Path, at_least: int) -> float:
+    """How much more space another checkpoint needs than there is, going by the newest or, before the first, by
+    `at_least`; not above 0: enough."""
+    sizes = [at_least]
     for about in sorted(root.glob("step_*/checkpoint.json")):
         sizes = [file["bytes"] for file in json.loads(about.read_text())["files"].values()]
     return SPARE * sum(sizes) - shutil.disk_usage(root).free

@@ -133,21 +133,23 @@ def test_when_none_can_be_used_nothing_is_overwritten(tiny_run):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount the small file system that gets full")
-def test_without_room_for_another_checkpoint_training_goes_on(tiny_run, tmp_path):
-    _, folder = tiny_run("disk", **{})
+@pytest.mark.parametrize("room", [0, 1])
+def test_without_room_for_another_checkpoint_training_goes_on(tiny_run, undamaged, room):
+    """On a file system that has room for one, or for none."""
+    name = f"disk{room}"
+    arguments, folder = tiny_run(name, **{"train.steps": 3, "checkpoint.every": 1, "checkpoint.keep": 3})
     (folder / "checkpoints").mkdir(parents=True)
-    arguments, _ = tiny_run("disk", **{"train.steps": 3, "checkpoint.every": 1, "checkpoint.keep": 3})
-    probe_arguments, probe = tiny_run("disk_probe", **{"train.steps": 1})
-    run(1, probe_arguments)
-    size = sum(f.stat().st_size for f in (probe / "checkpoints").rglob("*") if f.is_file())
+    size = sum(f.stat().st_size for f in (undamaged[0] / "checkpoints" / "step_00000003").rglob("*"))
     subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={int(size * 1.6)}", "tmpfs", str(folder / "checkpoints")], check=True
+        ["mount", "-t", "tmpfs", "-o", f"size={int(size * (room + 0.6))}", "tmpfs", str(folder / "checkpoints")],
+        check=True,
     )
     try:
         output = run(1, arguments)
-        assert "warning: step 2 is not saved" in output and "warning: step 3 is not saved" in output
+        for step in range(room + 1, 4):
+            assert f"warning: step {step} is not saved" in output
         assert read_metrics(folder)[-1]["step"] == 3
-        assert [f.name for f in (folder / "checkpoints").glob("step_*")] == ["step_00000001"]
+        assert [f.name for f in (folder / "checkpoints").glob("step_*")] == ["step_00000001"][:room]
     finally:
         subprocess.run(["umount", str(folder / "checkpoints")], check=True)
 
