@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -150,8 +152,23 @@ def find(
 def save(engine, config: RunConfig, step: int, state: dict) -> Path | None:
     """Save after `step` steps; all ranks call it together. `state` is kept in checkpoint.json.
 
-    None where the disk has no room for another: the run goes on with the checkpoints that it has.
+    None where the disk has no room for another: the run goes on with the checkpoints that it has. Raises UserError
+    where writing fails all the same; then this rank ends, and the others with it.
     """
+    try:
+        return _save(engine, config, step, state)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # how torch words a failed write
+            raise
+        rank, root = _place()[0], Path(config.run_dir) / "checkpoints"
+        reason = str(error).splitlines()[0]
+        problem = f"rank {rank} could not write step {step} to {root} ({reason}); the checkpoints from before are whole"
+        if rank:  # main speaks for rank 0 alone
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+        raise UserError(problem) from error
+
+
+def _save(engine, config: RunConfig, step: int, state: dict) -> Path | None:
     root = Path(config.run_dir) / "checkpoints"
     folder = root / f"step_{step:08d}"
     temporary = folder.with_name(folder.name + ".tmp")
@@ -274,9 +291,6 @@ def offload_of(ds_config: dict) -> str:
 
 def _convert(folder: Path, universal: Path) -> None:
     """By DeepSpeed's own converter."""
-    import subprocess
-    import sys
-
     if universal.exists():
         shutil.rmtree(universal)
     temporary = universal.with_name(universal.name + ".tmp")

@@ -1,5 +1,6 @@
 """What a cluster does to runs: other numbers of ranks, damaged and missing files, a full disk."""
 
+import contextlib
 import json
 import os
 import random
@@ -132,26 +133,48 @@ def test_when_none_can_be_used_nothing_is_overwritten(tiny_run):
     assert read_metrics(folder)[-1]["step"] == 2
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount the small file system that gets full")
+@contextlib.contextmanager
+def small_disk(folder: Path, undamaged: Path, room: float):
+    """`folder`/checkpoints is a file system of the size of `room` checkpoints."""
+    (folder / "checkpoints").mkdir(parents=True)
+    size = sum(f.stat().st_size for f in (undamaged / "checkpoints" / "step_00000003").rglob("*"))
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(size * room)}", "tmpfs", str(folder / "checkpoints")], check=True
+    )
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder / "checkpoints")], check=True)
+
+
+only_root_mounts = pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can mount the small file system that gets full"
+)
+
+
+@only_root_mounts
 @pytest.mark.parametrize("room", [0, 1])
 def test_without_room_for_another_checkpoint_training_goes_on(tiny_run, undamaged, room):
     """On a file system that has room for one, or for none."""
     name = f"disk{room}"
     arguments, folder = tiny_run(name, **{"train.steps": 3, "checkpoint.every": 1, "checkpoint.keep": 3})
-    (folder / "checkpoints").mkdir(parents=True)
-    size = sum(f.stat().st_size for f in (undamaged[0] / "checkpoints" / "step_00000003").rglob("*"))
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={int(size * (room + 0.6))}", "tmpfs", str(folder / "checkpoints")],
-        check=True,
-    )
-    try:
+    with small_disk(folder, undamaged[0], room + 0.6):
         output = run(1, arguments)
         for step in range(room + 1, 4):
             assert f"warning: step {step} is not saved" in output
         assert read_metrics(folder)[-1]["step"] == 3
         assert [f.name for f in (folder / "checkpoints").glob("step_*")] == ["step_00000001"][:room]
-    finally:
-        subprocess.run(["umount", str(folder / "checkpoints")], check=True)
+
+
+@only_root_mounts
+def test_a_disk_that_gets_full_while_a_checkpoint_is_written_ends_the_run_in_one_line(tiny_run, undamaged):
+    arguments, folder = tiny_run("filled", **{"train.steps": 4, "checkpoint.every": 1})
+    with small_disk(folder, undamaged[0], 3.5):
+        output = run(1, ["tests/scripts/patched.py", "fill", *arguments], expected=2)
+        assert "error: rank 0 could not write step 2 to" in output and "Traceback" not in output
+        (folder / "checkpoints" / "filler").unlink()
+        assert "resuming from step 1" in run(1, arguments)
+        assert_close(undamaged[1], read_metrics(folder), 0)
 
 
 def test_some_checkpoints_are_kept_for_good(tiny_run):
