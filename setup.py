@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["data_prep", "pretrain", "pretrain.model", "tools", "ds_configs"],
+    packages=["common", "data_prep", "pretrain", "pretrain.model", "tools", "ds_configs"],
     package_data={
         "data_prep": ["configs/*.yaml", "demo/*"],
         "pretrain": ["configs/*.yaml"],

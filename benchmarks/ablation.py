@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from data_prep.config import PrepareConfig, SourceConfig, load_config
+from common.config import load_config
+from data_prep.config import PrepareConfig, SourceConfig
 from data_prep.prepare import prepare
 from pretrain.config import RunConfig
 from pretrain.data import TrainData, collate, step_data

@@ -16,8 +16,11 @@ import os
 import sys
 from pathlib import Path
 
+from common.config import load_config
+from common.errors import UserError
+
 from . import shards, tokenizing
-from .config import PrepareConfig, UserError, load_config
+from .config import PrepareConfig
 
 COLOURS = (36, 33, 32, 35)
 SAMPLED_ROWS = 20_000  # rows that the length histogram looks at

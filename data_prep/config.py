@@ -1,22 +1,11 @@
-"""Settings as dataclasses, read from YAML and `key=value` overrides; unknown keys are errors.
-
-In: a dataclass, a YAML file, a list of `a.b=value` strings. Out: an instance of the dataclass.
-Precedence, lowest first: defaults in the dataclass, the YAML file, the command line.
-"""
+"""What a corpus is made from and how: the configuration of `python -m data_prep prepare`."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
-T = TypeVar("T")
-
-
-class UserError(Exception):
-    """Something that the user can mend: the text names what was found, what was expected and what to do."""
+from common.errors import UserError
 
 
 @dataclass
@@ -48,59 +37,6 @@ class PrepareConfig:
     num_workers: int = 0  # processes; 0: one a CPU core. The bytes written do not depend on it
     unit_mb: float = 64  # MB of files that one unit of work reads; shards end where units do
     shard_mb: int = 256  # a shard file is closed when its tokens fill this many MB
-
-
-def load_config(schema: type[T], path: str | Path | None, overrides: list[str] | None = None) -> T:
-    """Read `path` over the defaults of `schema`, then apply `key=value` overrides (dots descend).
-
-    Raises UserError for a missing file, YAML that does not parse, an unknown key, a value of the
-    wrong type, or an override without `=`.
-    """
-    config = OmegaConf.structured(schema)
-    if path is not None:
-        if not Path(path).is_file():
-            raise UserError(f"no configuration file at {path}")
-        try:
-            loaded = OmegaConf.create(Path(path).read_text(encoding="utf-8"))
-            if not OmegaConf.is_dict(loaded):
-                raise UserError(f"{path}: expected `key: value` lines at the top level")
-            config = OmegaConf.merge(config, loaded)
-        except OmegaConfBaseException as error:
-            raise UserError(f"{path}: {_describe(error)}") from None
-        except (yaml.YAMLError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is not valid YAML: {str(error).replace(chr(10), ' ')}") from None
-    for override in overrides or []:
-        key, equals, _ = override.partition("=")
-        if not equals:
-            raise UserError(f"override {override!r}: expected key=value, such as train.steps=100")
-        try:
-            value = OmegaConf.from_dotlist([f"value={override[len(key) + 1 :]}"]).value
-            OmegaConf.update(config, key, value, merge=True)
-        except OmegaConfBaseException as error:
-            raise UserError(f"override {override!r}: {_describe(error)}") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"override {override!r}: {str(error).replace(chr(10), ' ')}") from None
-    try:
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise UserError(f"{path or 'configuration'}: no value for {', '.join(missing)}")
-        return OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path or 'configuration'}: {_describe(error)}") from None
-
-
-def save_config(config: object, path: str | Path) -> None:
-    """Write the resolved configuration as YAML that `load_config` reads back."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-
-
-def _describe(error: OmegaConfBaseException) -> str:
-    key = getattr(error, "full_key", None) or getattr(error, "key", None)
-    schema = getattr(error, "object_type", None)
-    first_line = str(error).splitlines()[0]
-    if type(error).__name__ in ("ConfigKeyError", "ConfigAttributeError") and hasattr(schema, "__dataclass_fields__"):
-        return f"unknown key {key!r}; known here: {', '.join(schema.__dataclass_fields__)}"
-    return f"{key}: {first_line}"
 
 
 def check_prepare(config: PrepareConfig) -> None:

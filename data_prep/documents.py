@@ -22,7 +22,9 @@ from pathlib import Path
 
 import orjson
 
-from .config import SourceConfig, UserError
+from common.errors import UserError
+
+from .config import SourceConfig
 
 KINDS = {
     ".jsonl": "jsonl",

@@ -24,8 +24,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.errors import UserError
+from common.files import write_atomically
+
 from . import deduplication, documents, shards, tokenizing, unit
-from .config import PrepareConfig, UserError, check_prepare
+from .config import PrepareConfig, check_prepare
 
 
 def prepare(config: PrepareConfig, progress: bool = True, task: int = 0, num_tasks: int = 1) -> shards.Manifest | None:
@@ -160,7 +163,7 @@ def _same_recipe(directory: Path, recipe: str) -> None:
             "choose another output_dir, or delete that folder first"
         )
     if not path.exists():
-        shards.write_atomically(path, recipe.encode())
+        write_atomically(path, recipe.encode())
 
 
 @contextmanager
@@ -205,7 +208,7 @@ def _deduplicate(config: PrepareConfig, work: list[documents.Unit], num_tasks: i
     removed = deduplication.choose(work, directory)
     for u in work:
         deduplication.hashes_path(directory, u).unlink()
-    shards.write_atomically(done, str(removed).encode())
+    write_atomically(done, str(removed).encode())
 
 
 def deduplicate(config: PrepareConfig, progress: bool = True) -> None:

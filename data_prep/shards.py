@@ -15,7 +15,6 @@ Any Arrow tool reads them; it is the stream format, not the file format, since t
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -24,7 +23,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from .config import UserError
+from common.errors import UserError
+from common.files import sha256_of, write_atomically
+
 from .packing import Rows as PackedRows
 
 FORMAT = "diffullama-shards"
@@ -112,21 +113,6 @@ class Manifest:
                 source[split] = [Shard(**shard) for shard in source[split]]
         content["sources"] = [SourceEntry(**source) for source in content["sources"]]
         return cls(**content)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file appears whole and on disk, or not at all; of several writers, on any machine, the last one's."""
-    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sha256_of(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dtype_for(vocab_size: int) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import tokenizers
 
-from .config import UserError
+from common.errors import UserError
 
 Encoded = tuple[np.ndarray, np.ndarray]  # ids (tokens,) uint32 or int64, end to end; lengths (texts,) int64
 

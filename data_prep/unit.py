@@ -12,8 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError
+from common.files import write_atomically
+
 from . import deduplication, documents, shards, tokenizing
-from .config import PrepareConfig, UserError
+from .config import PrepareConfig
 from .packing import PACKERS
 
 BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
@@ -65,7 +68,7 @@ def process(
         problem = str(mismatch)
         record = _make(unit, config, recipe, _engine("tokenizers", recipe))
     record["engine_problem"] = problem
-    shards.write_atomically(record_path(Path(config.output_dir), unit), json.dumps(record).encode())
+    write_atomically(record_path(Path(config.output_dir), unit), json.dumps(record).encode())
     return record
 
 

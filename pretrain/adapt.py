@@ -15,7 +15,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AddedToken, AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from data_prep.config import UserError
+from common.errors import UserError
 
 from .config import ModelConfig
 from .model import attention, loss

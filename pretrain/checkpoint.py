@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_prep.config import UserError, load_config, save_config
-from data_prep.shards import write_atomically
+from common.config import load_config, save_config
+from common.errors import UserError
+from common.files import write_atomically
 
 from .config import RunConfig
 

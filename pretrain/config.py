@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, Literal
 
-from data_prep.config import UserError
+from common.errors import UserError
 
 
 @dataclass

@@ -12,7 +12,7 @@ from math import lcm
 import numpy as np
 import torch
 
-from data_prep.config import UserError
+from common.errors import UserError
 from data_prep.shards import Manifest, Path, Rows
 
 from .diffusion import EPS, corrupt, maskable_positions, sample_time

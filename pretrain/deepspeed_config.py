@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from data_prep.config import UserError
+from common.errors import UserError
 
 from .config import RunConfig, accumulation_steps
 

@@ -18,8 +18,9 @@ from pathlib import Path
 if not __package__:  # run as a file: find the project, and keep pretrain/*.py from standing as top-level modules
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.config import load_config
+from common.errors import UserError
 from data_prep import shards, tokenizing
-from data_prep.config import UserError, load_config
 from pretrain.config import RunConfig, accumulation_steps, check_run
 
 HASH_UP_TO = 4 << 30  # bytes of shards that data.verify=auto reads whole

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from data_prep.config import UserError
+from common.errors import UserError
 
 from .config import RunConfig, accumulation_steps, total_steps
 from .model.loss import CHUNK_BYTES

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
 
-from data_prep.config import UserError
+from common.errors import UserError
 
 from . import adapt, checkpoint
 from .config import RunConfig, total_steps

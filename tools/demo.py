@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from data_prep.config import UserError
+from common.errors import UserError
 from pretrain.telemetry import read_metrics
 
 STOPPED = 75  # exit code of training that the clock ended

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from data_prep.config import UserError, load_config
+from common.config import load_config
+from common.errors import UserError
 from pretrain import adapt, checkpoint
 from pretrain.config import RunConfig
 from pretrain.model.modeling_diffullama import diffusion_class

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_prep.config import UserError
+from common.errors import UserError
 from pretrain.telemetry import read_metrics
 
 WINDOW = 20  # steps that the running mean spans; fewer in short runs

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.config import UserError
+from common.errors import UserError
 
 GAP = re.compile(r" ?\[MASK:(\d+)\]")  # the space before a gap belongs to the word to be found
 

@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from data_prep.config import UserError, load_config
+from common.config import load_config
+from common.errors import UserError
 from pretrain import health
 from pretrain.config import RunConfig, total_steps
 from pretrain.telemetry import read_metrics

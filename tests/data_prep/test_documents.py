@@ -9,8 +9,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from data_prep import documents
-from data_prep.config import SourceConfig, UserError
+from data_prep.config import SourceConfig
 
 TEXTS = ["one", "zwei\nLinien", "trois é", "four 四"]
 LANGUAGES = ["en", "de", "fr", "en"]

@@ -13,9 +13,10 @@ import pytest
 import tokenizers
 from conftest import ROOT, SHARED, config, digest, write_jsonl
 
+from common.config import save_config
+from common.errors import UserError
 from data_prep import shards, tokenizing, unit
 from data_prep.__main__ import main
-from data_prep.config import UserError, save_config
 from data_prep.prepare import deduplicate, merge, plan, prepare
 
 

@@ -9,8 +9,8 @@ from conftest import ROOT, SHARED, config, digest, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from common.config import save_config
 from data_prep import documents, tokenizing, unit
-from data_prep.config import save_config
 from data_prep.prepare import prepare
 
 

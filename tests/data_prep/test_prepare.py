@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import config, digest, write_jsonl
 
+from common.errors import UserError
 from data_prep import shards
 from data_prep.__main__ import main
-from data_prep.config import UserError
 from data_prep.prepare import prepare
 from data_prep.unit import is_validation
 

@@ -6,8 +6,8 @@ from conftest import SHARED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from data_prep import tokenizing
-from data_prep.config import UserError
 
 unicode = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 look_alikes = st.sampled_from(["<eos>", "<bos", " <eos> ", "def f(x):\n\treturn x\n", "\x04", "\r\n", "  ", "'s"])

@@ -4,7 +4,9 @@ import re
 import pytest
 from conftest import ROOT
 
-from data_prep.config import PrepareConfig, UserError, check_prepare, load_config, save_config
+from common.config import load_config, save_config
+from common.errors import UserError
+from data_prep.config import PrepareConfig, check_prepare
 from pretrain import deepspeed_config
 from pretrain.config import RunConfig, accumulation_steps, check_run, total_steps
 from pretrain.main import main

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.config import UserError
+from common.errors import UserError
 from pretrain.data import NOISE, TrainData, collate, mixture_pattern, permute, step_data, stream
 
 MASK = 384

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config
 
-from data_prep.config import UserError
+from common.errors import UserError
 from pretrain import adapt
 from pretrain.config import ModelConfig
 from pretrain.model.modeling_diffullama import IGNORE, diffusion_class

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import config, digest, write_jsonl
 
-from data_prep.config import save_config
+from common.config import save_config
 from data_prep.prepare import prepare
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import launch
 
-from data_prep.config import UserError
+from common.errors import UserError
 from pretrain.data import TrainData
 from pretrain.telemetry import read_metrics
 from tools.export import export

@@ -4,7 +4,7 @@ import pytest
 from conftest import SHARED, launch
 from transformers import AutoTokenizer
 
-from data_prep.config import UserError
+from common.errors import UserError
 from tools.export import export
 from tools.figures import loss_figure
 from tools.generate import encode, main

@@ -1,0 +1,1 @@
+"""The ground floor: configuration, errors, command lines, files and logging. Imports nothing of this project."""
