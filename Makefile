@@ -9,8 +9,10 @@ TOKENIZER ?= gpt2
 
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# two environments that shared one folder would rebuild DeepSpeed's extensions for each other
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: help setup demo test bench gpu-check lint format clean
+.PHONY: help setup demo test test-fast lint typecheck format bench gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,11 +30,18 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 demo: setup ## adapt SmolLM2-135M on 496 tales: shards, ZeRO-3 training, export, infilling
 	$(BIN)/python -m tools.demo $(if $(STEPS),--steps $(STEPS))
 
-lint: setup ## ruff
+lint: setup ## ruff (rules and format) and codespell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
-test: lint ## lint and all tests
+typecheck: setup ## pyright, in basic mode
+	$(BIN)/pyright
+
+test-fast: setup ## the tests that start no training: under 90 seconds on 2 cores
+	$(BIN)/python -m pytest -q -m "not slow" -n 2
+
+test: lint typecheck ## lint, type check and all tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .venv-bench/.installed: benchmarks/peers.txt

@@ -1,8 +1,10 @@
-"""`pip install .` gives data_prep, pretrain, tools and the ready-made configurations."""
+"""`pip install .` gives common, data_prep, pretrain, tools and the ready-made configurations."""
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+ROOMS = ["common", "data_prep", "pretrain", "tools"]
 
 setup(
     name="diffullama",
@@ -12,35 +14,51 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["common", "data_prep", "pretrain", "pretrain.model", "tools", "ds_configs"],
+    packages=[*find_packages(include=[*ROOMS, *(f"{room}.*" for room in ROOMS)]), "ds_configs"],
     package_data={
-        "data_prep": ["configs/*.yaml", "demo/*"],
-        "pretrain": ["configs/*.yaml"],
+        **{room: ["py.typed"] for room in ROOMS},
+        "data_prep": ["py.typed", "configs/*.yaml", "demo/*"],
+        "pretrain": ["py.typed", "configs/*.yaml"],
         "ds_configs": ["*.json"],
     },
     install_requires=[
         "torch>=2.9",
-        "transformers>=5.0",
-        "deepspeed>=0.18",
-        "accelerate",
-        "datasets",
+        "transformers>=5.23",  # the version that the tests run with
+        "tokenizers",
+        "huggingface_hub",
+        "deepspeed>=0.19.8",  # the version that the tests run with; resuming corrects details of its checkpoints
+        "accelerate",  # never imported here: transformers wants it for HfDeepSpeedConfig (ZeRO-3) and GGUF files
         "safetensors",
-        "sentencepiece",
+        "sentencepiece",  # never imported here: transformers reads a tokenizer.model with it
         "pyarrow>=15",
         "orjson",
         "fsspec",
         "zstandard",
         "numpy",
+        "scipy",
         "omegaconf>=2.4",
+        "PyYAML",
         "wandb",
         "tqdm",
         "matplotlib",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.6", "liger-kernel"],
-        "eval": ["lm-eval>=0.4.9"],
         "fast": ["gigatoken-cachefix"],
-        "dev": ["gigatoken-cachefix", "pytest", "pytest-xdist", "hypothesis", "ruff", "build", "setuptools>=77"],
+        "dev": [
+            "gigatoken-cachefix",
+            "datasets",  # an independent reader of our shards, in tests and benchmarks
+            "pillow",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "pyright[nodejs]",
+            "codespell",
+            "pre-commit",
+            "build",
+            "setuptools>=77",
+        ],
         "demo": ["gguf"],
     },
     entry_points={

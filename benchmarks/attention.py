@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from pretrain.model.attention import AttentionPlan, attend, plan
-from pretrain.model.loss import linear_cross_entropy
+from common.cli import command, make_parser
+from pretrain.model.attention import AttentionPlan, attend, prepare_attention
+from pretrain.model.forms import Bernoulli, Causal, Full, Window
+from pretrain.model.loss import select_loss
 from pretrain.model.visibility import Visibility
 
 LENGTH, HEADS, GROUPS, HEAD, WIDTH, VOCABULARY = 2048, 9, 3, 64, 576, 49_152
@@ -39,18 +41,19 @@ def medians(passes: dict, repeats: int) -> dict[str, float]:
 
 
 def attention(repeats: int) -> list[str]:
+    """The table of attention: a dense mask beside what the product does."""
     documents = torch.repeat_interleave(torch.arange(len(PARTS)), torch.tensor(PARTS))[None]
     shapes = [(1, n, LENGTH, HEAD) for n in (HEADS, GROUPS, GROUPS)]
     q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
     lines = ["| rows of 2,048 tokens | dense mask | ours | ours / dense |", "| --- | --- | --- | --- |"]
     for title, visibility in (
-        ("8 isolated documents, full", Visibility(documents=documents)),
-        ("8 isolated documents, causal", Visibility("causal", documents=documents)),
-        ("8 isolated documents, window of 64", Visibility("window", width=64, documents=documents)),
-        ("8 isolated documents, Bernoulli 0.5", Visibility("bernoulli", 0.5, documents=documents)),
+        ("8 isolated documents, full", Visibility(Full(), documents)),
+        ("8 isolated documents, causal", Visibility(Causal(), documents)),
+        ("8 isolated documents, window of 64", Visibility(Window(64), documents)),
+        ("8 isolated documents, Bernoulli 0.5", Visibility(Bernoulli(0.5), documents)),
         ("one document, full", Visibility()),
-        ("one document, causal", Visibility("causal")),
-        ("one document, window of 64", Visibility("window", width=64)),
+        ("one document, causal", Visibility(Causal())),
+        ("one document, window of 64", Visibility(Window(64))),
     ):
         position = torch.arange(LENGTH)
         dense = visibility.dense(LENGTH, "cpu")
@@ -58,10 +61,10 @@ def attention(repeats: int) -> list[str]:
             dense = torch.ones_like(position[:, None] + position, dtype=torch.bool)[None, None]
 
         def run(made):
-            out, _ = attend(None, q, k, v, None, attention_plan=made)
+            out, _ = attend(torch.nn.Identity(), q, k, v, None, attention_plan=made)
             torch.autograd.grad(out.sum(), (q, k, v))
 
-        ours = plan(visibility, 1, LENGTH, torch.device("cpu"), torch.float32)
+        ours = prepare_attention(visibility, 1, LENGTH, torch.device("cpu"), torch.float32)
         passes = {"dense": lambda d=dense: run(AttentionPlan("sdpa", mask=d)), "ours": lambda p=ours: run(p)}
         found = medians(passes, repeats)
         lines.append(
@@ -78,8 +81,10 @@ def full_logits(hidden, weight, targets, masked, weights) -> torch.Tensor:
 
 
 def selected(hidden, weight, targets, masked, weights, how="chunked") -> torch.Tensor:
+    """The product's loss, of the masked alone."""
     where = masked.nonzero()[:, 0]
-    return linear_cross_entropy(hidden[where], weight, None, targets[where], weights[where], how)[0]
+    loss_of = select_loss(how, hidden.device)
+    return loss_of(hidden[where], weight, None, targets[where], weights[where])[0]
 
 
 def torchs_own(hidden, weight, targets, masked, weights) -> torch.Tensor:
@@ -93,9 +98,9 @@ def products(hidden, weight, targets, masked, weights) -> torch.Tensor:
     states = hidden[masked.nonzero()[:, 0]]
     with torch.no_grad():
         for part in states.split(256):
-            logits = part @ weight.T
-            logits @ weight
-            logits.T @ part
+            logits = torch.mm(part, weight.T)
+            torch.mm(logits, weight)
+            torch.mm(logits.T, part)
     return hidden.sum() + weight.sum()
 
 
@@ -108,7 +113,8 @@ LOSSES = {
 }
 
 
-def inputs():
+def inputs() -> tuple[torch.Tensor, ...]:
+    """(hidden, weight, targets, masked, weights) of one row, half of it masked."""
     torch.manual_seed(0)
     hidden = torch.randn(LENGTH, WIDTH, requires_grad=True)
     weight = (torch.randn(VOCABULARY, WIDTH) / 24).requires_grad_()
@@ -117,6 +123,7 @@ def inputs():
 
 
 def loss(repeats: int) -> list[str]:
+    """The table of losses: time here, memory each in a process of its own."""
     data = inputs()
     passes = {name: lambda f=f: torch.autograd.grad(f(*data), data[:2]) for name, (f, _) in LOSSES.items()}
     seconds = medians(passes, repeats)
@@ -155,22 +162,26 @@ def _status(field: str) -> float:
     return next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if field in x) / 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Measure, and write the tables."""
+    parser = make_parser("benchmarks/attention.py", __doc__)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--write", type=Path, default=Path(__file__).with_suffix(".md"), help="default: %(default)s")
     parser.add_argument("--memory", choices=LOSSES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.memory:
         print(peak_memory(args.memory))
-        return
+        return 0
     about = (
         f"fp32, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}; "
         f"forward and backward, medians of {args.repeats} that take turns."
     )
     found = "\n".join([about, "", *attention(args.repeats), "", *loss(args.repeats)]) + "\n"
     print(found)
-    Path(__file__).with_suffix(".md").write_text(f"`python benchmarks/attention.py` wrote this.\n\n{found}")
+    args.write.write_text(f"`python benchmarks/attention.py` wrote this.\n\n{found}", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

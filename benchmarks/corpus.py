@@ -1,10 +1,10 @@
-"""data_prep beside its alternatives, on the same text in one run; writes benchmarks/corpus.md.
+"""Times data_prep and its alternatives on the same text; writes benchmarks/corpus.md.
 
     python benchmarks/corpus.py TEXT.jsonl --tokenizer TOKENIZER [--peers .venv-bench/bin/python]
 
-Every pass is a process of its own that times its work after its imports; passes take turns, and the
-table has medians. datatrove, mosaicml-streaming and litdata want other versions of common packages
-than this project, so they run by `--peers`, the Python of an environment that has them:
+Every pass runs in a process of its own and times its work after its imports; passes take turns, and the
+table has medians. datatrove, mosaicml-streaming and litdata need other versions of common packages than
+this project, so `--peers` names the Python of an environment that has them:
 
     python -m venv .venv-bench
     .venv-bench/bin/pip install torch==2.13.0
@@ -21,10 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SEQ_LEN = 2048
-READS = 20_000  # random rows
+READS = 20_000  # random rows that are read
+Args = argparse.Namespace
 
 
 def texts(path: str) -> list[str]:
@@ -32,7 +38,7 @@ def texts(path: str) -> list[str]:
         return [json.loads(line)["text"] for line in file]
 
 
-def json_alone(args) -> float:
+def json_alone(args: Args) -> float:
     import orjson
 
     began = time.perf_counter()
@@ -42,19 +48,20 @@ def json_alone(args) -> float:
     return time.perf_counter() - began
 
 
-def encode_batch(args) -> float:
+def encode_batch(args: Args) -> float:
     """Ids only: nothing is read, packed or written."""
     from transformers import AutoTokenizer
 
-    backend, documents = AutoTokenizer.from_pretrained(args.tokenizer).backend_tokenizer, texts(args.text)
+    backend = AutoTokenizer.from_pretrained(args.tokenizer).backend_tokenizer
+    documents = texts(args.text)
     began = time.perf_counter()
     for start in range(0, len(documents), 256):
         backend.encode_batch_fast(documents[start : start + 256], add_special_tokens=False)
     return time.perf_counter() - began
 
 
-def datasets_map(args) -> float:
-    """Tokenise, then group into blocks, as transformers' run_clm.py does."""
+def datasets_map(args: Args) -> float:
+    """Tokenize, then group into blocks, as transformers' run_clm.py does."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -77,11 +84,11 @@ def datasets_map(args) -> float:
     return time.perf_counter() - began
 
 
-def datatrove(args) -> float:
-    """Reader and tokeniser only, without its merge and shuffle."""
-    from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.readers import JsonlReader
-    from datatrove.pipeline.tokens import DocumentTokenizer
+def datatrove(args: Args) -> float:
+    """Reader and tokenizer only, without its merge and shuffle."""
+    from datatrove.executor import LocalPipelineExecutor  # pyright: ignore[reportMissingImports]
+    from datatrove.pipeline.readers import JsonlReader  # pyright: ignore[reportMissingImports]
+    from datatrove.pipeline.tokens import DocumentTokenizer  # pyright: ignore[reportMissingImports]
 
     parts = Path(args.out, "parts")  # it gives each task whole files
     parts.mkdir(parents=True)
@@ -98,9 +105,9 @@ def datatrove(args) -> float:
     return time.perf_counter() - began
 
 
-def ours(args) -> float:
-    """Documents to finished, hashed shards and manifest, then verified."""
-    import transformers.models.auto.tokenization_auto  # noqa: F401, two seconds that do not depend on the text
+def ours(args: Args) -> float:
+    """Documents to finished, hashed shards and manifest, which are then verified."""
+    import transformers.models.auto.tokenization_auto  # noqa: F401, takes two seconds, whatever the text
 
     from data_prep import shards
     from data_prep.config import PrepareConfig, SourceConfig
@@ -109,14 +116,19 @@ def ours(args) -> float:
     began = time.perf_counter()
     source = SourceConfig("text", [args.text])
     config = PrepareConfig([source], args.tokenizer, seq_len=SEQ_LEN, output_dir=f"{args.out}/corpus")
-    config.num_workers, config.unit_mb, config.engine, config.packing = args.workers, 8, args.engine, args.packing
+    config.num_workers = args.workers
+    config.unit_mb = 8
+    config.engine = args.engine
+    config.packing = args.packing
     prepare(config, progress=False)
-    assert shards.check(config.output_dir, contents=True) == []
+    problems = shards.check(config.output_dir, contents=True)
+    if problems:
+        raise RuntimeError(problems[0])
     return time.perf_counter() - began
 
 
-def scaling(args) -> float:
-    """Seconds that 3 further copies of the text take, beyond one copy: what starting up costs drops out."""
+def scaling(args: Args) -> float:
+    """Seconds for 4 copies of the text less those for one copy, so that the time to start up drops out."""
     copies = [f"{args.out}/copies-{n}.jsonl" for n in (1, 4)]
     for path, n in zip(copies, (1, 4)):
         Path(path).write_bytes(Path(args.text).read_bytes() * n)
@@ -129,27 +141,28 @@ def scaling(args) -> float:
     return seconds[1] - seconds[0]
 
 
-def peak(args) -> float:
-    """Peak memory in MB of preparing `megabytes` of the text, 1 process."""
-    text, size = Path(args.text).read_bytes(), 10**6 * (20 if args.run == "peak_20" else 200)
+def peak(args: Args) -> float:
+    """Peak memory in MB of preparing 20 or 200 MB of the text with 1 process."""
+    text = Path(args.text).read_bytes()
+    size = 10**6 * (20 if args.run == "peak_20" else 200)
     path = Path(args.out, "text.jsonl")
     path.write_bytes((text * (1 + size // len(text)))[:size].rpartition(b"\n")[0])
     del text
     ours(argparse.Namespace(**{**vars(args), "text": str(path)}))
-    status = Path("/proc/self/status").read_text().splitlines()  # getrusage would count the parent's memory too
+    status = Path("/proc/self/status").read_text().splitlines()  # getrusage would include the parent's memory
     return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 
 
-def read_ours(args) -> float:
+def read_ours(args: Args) -> float:
     from data_prep import shards
 
     manifest = shards.Manifest.load(args.corpus)
-    rows = shards.Rows(Path(args.corpus), manifest.sources[0].train)
+    rows = shards.ShardedRows(Path(args.corpus), manifest.sources[0].train)
     return _read(lambda i: rows.row(i)[0].sum(), len(rows))
 
 
-def read_streaming(args) -> float:
-    from streaming import MDSWriter, StreamingDataset
+def read_streaming(args: Args) -> float:
+    from streaming import MDSWriter, StreamingDataset  # pyright: ignore[reportMissingImports]
 
     with MDSWriter(out=f"{args.out}/mds", columns={"input_ids": f"ndarray:uint16:{SEQ_LEN}"}) as writer:
         for ids in _rows(args.corpus):
@@ -158,11 +171,11 @@ def read_streaming(args) -> float:
     return _read(lambda i: data[i]["input_ids"].sum(), len(data))
 
 
-def read_litdata(args) -> float:
-    import litdata
+def read_litdata(args: Args) -> float:
+    import litdata  # pyright: ignore[reportMissingImports]
     import torch
-    from litdata.streaming.item_loader import TokensLoader
-    from litdata.streaming.writer import BinaryWriter
+    from litdata.streaming.item_loader import TokensLoader  # pyright: ignore[reportMissingImports]
+    from litdata.streaming.writer import BinaryWriter  # pyright: ignore[reportMissingImports]
 
     writer = BinaryWriter(f"{args.out}/lit", chunk_bytes="64MB", item_loader=TokensLoader(SEQ_LEN))
     os.makedirs(f"{args.out}/lit", exist_ok=True)
@@ -174,8 +187,8 @@ def read_litdata(args) -> float:
     return _read(lambda i: data[i].numpy().sum(), len(data))
 
 
-def _rows(corpus: str):
-    """Our training rows by pyarrow alone."""
+def _rows(corpus: str) -> "Iterator[np.ndarray]":
+    """Our training rows, read with pyarrow alone, as the peers' environment has no data_prep."""
     import pyarrow as pa
 
     for path in sorted(Path(corpus, "text").glob("train-*.arrow")):
@@ -184,8 +197,8 @@ def _rows(corpus: str):
                 yield from batch.column("input_ids").flatten().to_numpy().reshape(-1, SEQ_LEN)
 
 
-def _read(row, count: int) -> float:
-    """Seconds for READS random rows, every token of them touched, after a first touch of all files."""
+def _read(row: Callable[[int], object], count: int) -> float:
+    """Seconds for READS random rows, each of which `row` sums up, after all rows were read once."""
     import random
 
     for i in range(count):
@@ -199,7 +212,7 @@ def _read(row, count: int) -> float:
 
 
 PASSES = {
-    # name: function, workers, by the peers' Python, what it is
+    # name: (function, workers, whether the peers' Python runs it, title)
     "json": (json_alone, 1, False, "reading the JSON alone, 1 process"),
     "encode_batch": (encode_batch, 2, False, "`tokenizers` encode_batch_fast, 2 threads, ids only"),
     "datasets": (datasets_map, 2, False, "`datasets.map` + grouping, 2 processes"),
@@ -212,13 +225,14 @@ PASSES = {
 SCALING = {"scaling_1": (scaling, 1, False, "1 process on 1 core"), "scaling_2": (scaling, 2, False, "2 processes")}
 MEMORY = {f"peak_{mb}": (peak, 1, False, f"{mb} MB of text") for mb in (20, 200)}
 READING = {
-    "read_ours": (read_ours, False, "**data_prep's shards**"),
-    "read_streaming": (read_streaming, True, "`mosaicml-streaming`"),
-    "read_litdata": (read_litdata, True, "`litdata` (TokensLoader)"),
+    "read_ours": (read_ours, 1, False, "**data_prep's shards**"),
+    "read_streaming": (read_streaming, 1, True, "`mosaicml-streaming`"),
+    "read_litdata": (read_litdata, 1, True, "`litdata` (TokensLoader)"),
 }
 
 
-def time_pass(name: str, by_peers: bool, workers: int, args, corpus: str = "") -> float | None:
+def time_pass(name: str, by_peers: bool, workers: int, args: Args, corpus: str = "") -> float | None:
+    """What one pass printed last: its seconds or megabytes. None, and its error on stderr, if it failed."""
     with tempfile.TemporaryDirectory() as out:
         command = [args.peers if by_peers else sys.executable, __file__, args.text, "--tokenizer", args.tokenizer]
         command += ["--run", name, "--workers", str(workers), "--out", out, "--corpus", corpus]
@@ -234,12 +248,11 @@ def time_pass(name: str, by_peers: bool, workers: int, args, corpus: str = "") -
         return float(outcome.stdout.splitlines()[-1])
 
 
-def measure(passes: dict, args, corpus: str = "") -> dict[str, float | None]:
-    """Median of what each pass gives; the passes take turns."""
+def measure(passes: dict, args: Args, corpus: str = "") -> dict[str, Any]:
+    """Median of each pass over the repeats, in which the passes take turns."""
     found: dict[str, list[float]] = {name: [] for name in passes}
     for _ in range(args.repeats):
-        for name, (_, *rest) in passes.items():
-            workers, by_peers = (rest[0], rest[1]) if len(rest) == 3 else (1, rest[0])
+        for name, (_, workers, by_peers, _) in passes.items():
             if by_peers and not args.peers:
                 continue
             seconds = time_pass(name, by_peers, workers, args, corpus)
@@ -249,7 +262,8 @@ def measure(passes: dict, args, corpus: str = "") -> dict[str, float | None]:
     return {name: statistics.median(times) if times else None for name, times in found.items()}
 
 
-def table(args) -> str:
+def table(args: Args) -> str:
+    """Run all passes; returns benchmarks/corpus.md without its first line."""
     size = sum(len(text.encode()) for text in texts(args.text)) / 1e6
     corpus = tempfile.mkdtemp()
     prepared = argparse.Namespace(**{**vars(args), "out": corpus, "workers": 2, "engine": "auto", "packing": "concat"})
@@ -260,13 +274,15 @@ def table(args) -> str:
     tokens = sum(source.tokens for source in manifest.sources)
     seconds = measure(PASSES, args)
     reading = measure(READING, args, f"{corpus}/corpus")
-    scaled, memory = measure(SCALING, args), measure(MEMORY, args)
+    scaled = measure(SCALING, args)
+    memory = measure(MEMORY, args)
     shutil.rmtree(corpus)
     peers = [seconds[name] for name in ("datasets", "datatrove") if seconds[name]]
     lines = [
         f"{size:.0f} MB of text, {tokens / 1e6:.1f}M tokens of {Path(args.tokenizer).name}, rows of {SEQ_LEN}; "
         f"{os.cpu_count()} cores, Python {platform.python_version()}; medians of {args.repeats} runs that take turns. "
-        "`data_prep` counts everything after its imports: engine's proof, workers' start, hashing, verification.",
+        "The times of `data_prep` include all but its imports: checking the engine, starting workers, hashing, "
+        "verification.",
         "",
         "| documents to … | s | MB/s | M tokens/s | faster than datasets.map, datatrove |",
         "| --- | --- | --- | --- | --- |",

@@ -5,25 +5,28 @@
 TFLOP/s of attention count visible pairs only: forward 4, backward 10 · head_dim FLOPs a pair and head.
 """
 
-import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
 
-from pretrain.model import attention
-from pretrain.model.attention import attend, plan
+from common.cli import command, make_parser
+from common.errors import UserError
+from pretrain.model.attention import BACKENDS, IMPLEMENTATION, attend, prepare_attention, select_backend
+from pretrain.model.forms import Bernoulli, Block, Causal, Form, Full, Window
 from pretrain.model.modeling_diffullama import diffusion_class
 from pretrain.model.visibility import Visibility
 
 LENGTH, HEADS, HEAD, BATCH = 2048, 32, 128, 8
 DOCUMENTS = 8  # a packed row
+PEAK = 989e12  # dense bf16 FLOP/s of H100 and H200
 
 
-def median_ms(run, repeats: int = 20) -> float:
+def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
     """Milliseconds by CUDA events, after three runs that do not count."""
     for _ in range(3):
         run()
@@ -48,54 +51,62 @@ def packed() -> torch.Tensor:
 
 
 def attention_table() -> list[str]:
+    """Each form, with and without documents, by each backend that can compute it here."""
     lines = [
         "| attention, 32 heads x 128, 8 rows of 2,048 | backend | forward TFLOP/s | forward + backward TFLOP/s | ms |",
         "| --- | --- | --- | --- | --- |",
     ]
-    q, k, v = (torch.randn(BATCH, HEADS, LENGTH, HEAD, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    grad = torch.randn(BATCH, LENGTH, HEADS, HEAD, device="cuda", dtype=torch.bfloat16)
+    forms: tuple[Form, ...] = (
+        Causal(),
+        Full(),
+        Window(64),
+        Window(512),
+        Window(1536),
+        Block(64),
+        Bernoulli(0.5, (1, 2)),
+    )
     for documents in (None, packed()):
-        for visibility in (
-            Visibility("causal", documents=documents),
-            Visibility("full", documents=documents),
-            *(Visibility("window", width=w, documents=documents) for w in (64, 512, 1536)),
-            Visibility("block", width=64, documents=documents),
-            Visibility("bernoulli", 0.5, key=(1, 2), documents=documents),
-        ):
-            dense = visibility.dense(LENGTH, "cuda")
-            rows = BATCH if documents is None else 1
-            pairs = BATCH * LENGTH**2 if dense is None else int(dense.sum()) * rows
-            for backend, forms in attention.BACKENDS.items():
-                if visibility.form not in forms or (backend == "flash_attn" and attention._flash_attn() is None):
-                    continue
-                made = plan(visibility, BATCH, LENGTH, q.device, q.dtype, backend)
-                inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-
-                def forward(made=made, inputs=inputs):
-                    return attend(None, *inputs, None, attention_plan=made)[0]
-
-                def both(forward=forward, inputs=inputs):
-                    torch.autograd.grad(forward(), inputs, grad)
-
+        for form in forms:
+            for backend in BACKENDS:
                 try:
-                    with torch.no_grad():
-                        one = median_ms(forward)
-                    two = median_ms(both)
-                except torch.cuda.OutOfMemoryError:
-                    lines.append(f"| {title(visibility)} | {backend} | out of memory | | |")
+                    select_backend(backend, form, "cuda", torch.bfloat16)
+                except ValueError:  # not this form, or not here
                     continue
-                flops = HEADS * HEAD * pairs
-                lines.append(
-                    f"| {title(visibility)} | {backend} | {4 * flops / one / 1e9:.0f} | "
-                    f"{14 * flops / two / 1e9:.0f} | {two:.2f} |"
-                )
+                lines.append(attention_row(Visibility(form, documents), backend))
                 print(lines[-1], file=sys.stderr, flush=True)
     return lines
 
 
+def attention_row(visibility: Visibility, backend: str) -> str:
+    """One form by one backend."""
+    q, k, v = (torch.randn(BATCH, HEADS, LENGTH, HEAD, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    grad = torch.randn(BATCH, LENGTH, HEADS, HEAD, device="cuda", dtype=torch.bfloat16)
+    dense = visibility.dense(LENGTH, "cuda")
+    rows = BATCH if visibility.documents is None else 1  # that one mask stands for
+    pairs = BATCH * LENGTH**2 if dense is None else int(dense.sum()) * rows
+    made = prepare_attention(visibility, BATCH, LENGTH, q.device, q.dtype, backend)
+    inputs = tuple(x.requires_grad_() for x in (q, k, v))
+
+    def forward() -> torch.Tensor:
+        return attend(torch.nn.Identity(), q, k, v, None, attention_plan=made)[0]
+
+    try:
+        with torch.no_grad():
+            one = median_ms(forward)
+        two = median_ms(lambda: torch.autograd.grad(forward(), inputs, grad))
+    except torch.cuda.OutOfMemoryError:
+        return f"| {title(visibility)} | {backend} | out of memory | | |"
+    flops = HEADS * HEAD * pairs
+    return (
+        f"| {title(visibility)} | {backend} | {4 * flops / one / 1e9:.0f} | {14 * flops / two / 1e9:.0f} | {two:.2f} |"
+    )
+
+
 def title(visibility: Visibility) -> str:
-    width = f" {visibility.width}" if visibility.form in ("window", "block") else ""
-    return f"{visibility.form}{width}" + ("" if visibility.documents is None else f", {DOCUMENTS} documents a row")
+    """The form, its width where it has one, and whether documents are isolated."""
+    width = getattr(visibility.form, "width", None)
+    name = visibility.form.name + ("" if width is None else f" {width}")
+    return name + ("" if visibility.documents is None else f", {DOCUMENTS} documents a row")
 
 
 def stack_table(layers: int = 4) -> list[str]:
@@ -105,20 +116,19 @@ def stack_table(layers: int = 4) -> list[str]:
         hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=layers, vocab_size=32000
     )
     make = diffusion_class(LlamaConfig)._from_config
-    model = make(config, attn_implementation=attention.IMPLEMENTATION, dtype=torch.bfloat16).cuda().train()
+    model = make(config, attn_implementation=IMPLEMENTATION, dtype=torch.bfloat16).cuda().train()
     ids = torch.randint(0, 32000, (BATCH, LENGTH), device="cuda")
     labels = torch.where(torch.rand(BATCH, LENGTH, device="cuda") < 0.5, ids, -100)
     labels[:, 0] = -100
-    peak = 989e12  # dense bf16 of H100 and H200
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n)
-    for name, visibility in (
-        ("causal", Visibility("causal")),
-        ("window 512", Visibility("window", width=512)),
-        ("full", Visibility()),
-        ("Bernoulli 0.5", Visibility("bernoulli", 0.5, key=(1, 2))),
+    for visibility in (
+        Visibility(Causal()),
+        Visibility(Window(512)),
+        Visibility(Full()),
+        Visibility(Bernoulli(0.5, (1, 2))),
     ):
 
-        def step(visibility=visibility):
+        def step(visibility: Visibility = visibility) -> None:
             model.zero_grad(set_to_none=True)
             model(input_ids=ids, labels=labels, visibility=visibility).loss.backward()
 
@@ -126,7 +136,9 @@ def stack_table(layers: int = 4) -> list[str]:
         dense = visibility.dense(LENGTH, "cuda")
         pairs = LENGTH**2 if dense is None else int(dense.sum())
         flops = 6 * BATCH * LENGTH * (matrices + 32000 * 4096 / 2) + 12 * BATCH * layers * 4096 * pairs
-        lines.append(f"| {name} | {ms:.1f} | {BATCH * LENGTH / ms * 1e3:,.0f} | {flops / ms / 1e-3 / peak:.1%} |")
+        lines.append(
+            f"| {title(visibility)} | {ms:.1f} | {BATCH * LENGTH / ms * 1e3:,.0f} | {flops / ms / 1e-3 / PEAK:.1%} |"
+        )
     ids[:, 64:192] = 811
     model.eval()
     config.mask_token_id = 811
@@ -138,15 +150,20 @@ def stack_table(layers: int = 4) -> list[str]:
     return lines
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Measure, and write the tables."""
+    parser = make_parser("benchmarks/gpu.py", __doc__)
+    parser.add_argument("--write", type=Path, default=Path(__file__).with_suffix(".md"), help="default: %(default)s")
+    args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        sys.exit("error: benchmarks/gpu.py needs a CUDA GPU")
+        raise UserError("benchmarks/gpu.py needs a CUDA GPU")
     about = f"{torch.cuda.get_device_name()}, torch {torch.__version__}; medians."
     found = "\n".join([about, "", *attention_table(), "", *stack_table()]) + "\n"
     print(found)
-    Path(__file__).with_suffix(".md").write_text(f"`python benchmarks/gpu.py` wrote this.\n\n{found}")
+    args.write.write_text(f"`python benchmarks/gpu.py` wrote this.\n\n{found}", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

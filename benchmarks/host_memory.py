@@ -1,9 +1,9 @@
 """Peak host memory of each rank while a model of 1B parameters is loaded under ZeRO-3, and while it is exported.
 
-    python benchmarks/host_memory.py [--ranks 4] [--folder /tmp/host_memory]
+    python benchmarks/host_memory.py [--ranks 4] [--folder /tmp/host_memory] [--run runs/demo]
 
-Writes benchmarks/host_memory.md. A rank that never holds a full copy stays
-below 1. Anonymous memory is what counts against a machine's limit; pages of mapped files are given back when needed.
+Writes benchmarks/host_memory.md. A rank that never holds a full copy stays below 1. Only anonymous memory is counted:
+pages of mapped files do not count against a machine's limit, since they are given back when memory is needed.
 """
 
 import argparse
@@ -18,7 +18,10 @@ from pathlib import Path
 
 import torch
 
+from common.cli import command, make_parser
+
 ROOT = Path(__file__).resolve().parents[1]
+FILES = 8  # that an export writes
 SHAPE = {
     "vocab_size": 32_000,
     "hidden_size": 2048,
@@ -34,12 +37,15 @@ SHAPE = {
 class Peak(threading.Thread):
     """Anonymous memory of this process beyond what it had at the start: bytes, sampled every 5 ms."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.start_value, self.value, self.ended = _anonymous(), 0, False
+        self.start_value = _anonymous()
+        self.value = 0
+        self.ended = False
         self.start()
 
     def run(self) -> None:
+        """The thread: remember the largest value."""
         while not self.ended:
             self.value = max(self.value, _anonymous() - self.start_value)
             time.sleep(0.005)
@@ -67,7 +73,7 @@ def load_here(folder: str) -> None:
     """One rank: the product's own loading. Prints the peak."""
     import deepspeed
     from transformers import AutoConfig
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from pretrain import adapt
     from pretrain.config import ModelConfig
@@ -95,36 +101,40 @@ def load(folder: Path, ranks: int) -> list[tuple[int, int]]:
     started = []
     for rank in range(ranks):
         environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, __file__, "--rank_of", str(folder)]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+        arguments = [sys.executable, __file__, "--rank_of", str(folder)]
+        started.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment))
     lines = [line for process in started for line in process.communicate()[0].splitlines() if line.startswith("peak ")]
     return [(int(line.split()[1]), int(line.split()[3])) for line in lines]
 
 
-def export_here(run_dir: str, parts: int) -> tuple[int, int]:
-    """(peak, bytes of the fp32 copy) of an export that writes about `parts` files."""
-    from tools import export
+def export_here(run_dir: str) -> tuple[int, int]:
+    """(peak, bytes of the fp32 copy) of an export that writes about FILES files."""
+    from transformers import AutoConfig
 
-    config = export.AutoConfig.from_pretrained(Path(run_dir) / "model")
-    copy = sum(p.numel() * 4 for p in export._empty_model(config).parameters())
-    export.SHARD_BYTES = copy // parts
+    from pretrain.plan import parameters
+    from tools.export import export
+
+    copy = 4 * parameters(AutoConfig.from_pretrained(Path(run_dir) / "model"))
     with tempfile.TemporaryDirectory() as folder:
         peak = Peak()
-        export.export(run_dir, Path(folder) / "exported", dtype="fp32")
+        export(run_dir, Path(folder) / "exported", dtype="fp32", max_shard_size=f"{max(1, copy // FILES // 10**6)}MB")
         peak.ended = True
     return peak.value, copy
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Measure loading and, with --run, exporting; write the table."""
+    parser = make_parser("benchmarks/host_memory.py", __doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--folder", default="/tmp/host_memory", help="where the base of random weights is made")
     parser.add_argument("--run", help="a run of ZeRO-3, such as runs/demo, to export")
+    parser.add_argument("--write", type=Path, default=Path(__file__).with_suffix(".md"), help="default: %(default)s")
     parser.add_argument("--rank_of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.rank_of:
         load_here(args.rank_of)
-        return
+        return 0
     copy = make_base(Path(args.folder))
     lines = [
         f"Loading {copy / 2e9:.1f}B parameters under ZeRO-3 on {args.ranks} ranks, in full copies (bf16):",
@@ -135,12 +145,14 @@ def main() -> None:
     for rank, (peak, held) in enumerate(load(Path(args.folder), args.ranks)):
         lines.append(f"| {rank} | {peak / copy:.2f} | {held / copy:.2f} |")
     if args.run:
-        peak, copy = export_here(args.run, 8)
-        lines += ["", f"Exporting a ZeRO-3 checkpoint in 8 files: {peak / copy:.2f} of a full copy (fp32) at the peak."]
+        peak, copy = export_here(args.run)
+        share = f"{peak / copy:.2f} of a full copy (fp32) at the peak"
+        lines += ["", f"Exporting a ZeRO-3 checkpoint in {FILES} files: {share}."]
     text = "\n".join(lines) + "\n"
     print(text)
-    Path(__file__).with_suffix(".md").write_text(f"`python benchmarks/host_memory.py` wrote this.\n\n{text}")
+    args.write.write_text(f"`python benchmarks/host_memory.py` wrote this.\n\n{text}", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

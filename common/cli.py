@@ -18,7 +18,7 @@ from collections.abc import Callable
 from .errors import UserError
 from .log import log, set_up_logging, this_rank
 
-Main = Callable[[list[str] | None], int]
+Main = Callable[..., int]  # main(argv: list[str] | None = None)
 
 
 def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import UserError
+from .files import write_atomically
 from .log import log
 
 T = TypeVar("T")
@@ -118,7 +119,7 @@ def _apply(config: DictConfig, override: str, renamed: dict[str, str]) -> None:
 
 def save_config(config: object, path: str | Path) -> None:
     """Write the resolved configuration as YAML that `load_config` reads back."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    write_atomically(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
 
 
 def walk(config: object, prefix: str = "") -> Iterator[tuple[str, Field, Any]]:

@@ -28,7 +28,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if path.exists():
         path.rmdir()
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""One logger for the whole project: to the terminal, above any progress bar, from rank 0 only.
+"""One logger for the whole project: to the terminal, above any progress bar. Ranks above 0 only report errors.
 
 from common.log import log
 log.info("resuming from step %d", step)

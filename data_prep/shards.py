@@ -8,30 +8,32 @@ A corpus is a folder:
 
 Columns: `input_ids` fixed_size_list<uint16 or uint32>[seq_len]; `document_lengths` list<uint32>, the
 lengths of the pieces of documents in the row; where they sum to less than seq_len, the rest is padding.
-Any Arrow tool reads them; it is the stream format, not the file format, since that is what
-`datasets.Dataset.from_file` memory-maps.
+Any Arrow tool reads them. They are streams, not Arrow files, because `datasets.Dataset.from_file`
+memory-maps streams.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from common.errors import UserError
-from common.files import sha256_of, write_atomically
+from common.files import force_to_disk, sha256_of, write_atomically
 
-from .packing import Rows as PackedRows
+from .packing import PackedRows
 
 FORMAT = "diffullama-shards"
 VERSION = 1
-BATCH_ROWS = 1024  # rows a record batch; constant, so that row access is arithmetic
+BATCH_ROWS = 1024  # rows per record batch, all but a shard's last: so a row's batch is a division
 SPLITS = ("train", "validation")
+MORE_VALIDATION = "a larger validation_fraction, a smaller seq_len or more documents"  # what gives validation rows
 
 
 @dataclass
@@ -46,54 +48,62 @@ class Shard:
 
 @dataclass
 class SourceEntry:
+    """One source of the manifest: what was read, and the shards made of it."""
+
     name: str
     weight: float
     documents: int = 0
     characters: int = 0
     bytes: int = 0  # of text, as UTF-8
-    bad: dict[str, int] = field(default_factory=dict)  # documents that could not be used, by reason
+    bad: dict[str, int] = field(default_factory=dict)  # unusable documents, by reason
     filtered: dict[str, int] = field(default_factory=dict)  # documents that were not wanted, by reason
     damaged: list[str] = field(default_factory=list)  # files that could not be read to their end
-    tokens: int = 0  # with BOS and EOS; = tokens in rows - padding + remainder
-    remainder: int = 0  # tokens at the ends of units that filled no row
-    padding: int = 0  # tokens of rows that hold no document
+    tokens: int = 0  # with BOS and EOS; = places in rows - padding + dropped tokens
+    dropped_tokens: int = field(default=0, metadata={"json": "remainder"})  # at the ends of units, filled no row
+    padding: int = 0  # places in rows that hold no document
     train: list[Shard] = field(default_factory=list)
     validation: list[Shard] = field(default_factory=list)
 
-    def accounting(self) -> str | None:
-        """What is wrong when tokens in are not tokens in rows + remainder."""
+    def token_mismatch(self) -> str | None:
+        """A description of the difference when the tokens read are not the tokens in rows and the dropped ones."""
         in_rows = sum(shard.tokens for shard in self.train + self.validation)
-        if self.tokens + self.padding == in_rows + self.remainder:
+        if self.tokens + self.padding == in_rows + self.dropped_tokens:
             return None
         return (
             f"source {self.name}: {self.tokens} tokens + {self.padding} padding, but {in_rows} in rows + "
-            f"{self.remainder} remainder"
+            f"{self.dropped_tokens} dropped"
         )
 
 
 @dataclass
 class Manifest:
+    """What a corpus folder holds and how it was made."""
+
     seq_len: int
     dtype: str
     packing: str
     tokenizer: dict  # name, fingerprint, vocab_size, add_bos, add_eos, special_ids, engine
-    recipe: str  # hash of the settings and inputs that decide the bytes
+    corpus_hash: str = field(metadata={"json": "recipe"})  # of the settings and inputs that decide the bytes
     sources: list[SourceEntry]
     format: str = FORMAT
     version: int = VERSION
 
     def save(self, directory: Path) -> None:
-        write_atomically(directory / "manifest.json", json.dumps(asdict(self), indent=1).encode() + b"\n")
+        write_atomically(directory / "manifest.json", json.dumps(_to_json(self), indent=1).encode() + b"\n")
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what a run draws from: every shard's content in order, by source, and the weights."""
+        """Hash of what a training run draws its rows from: the content of every shard, in order, and the weights."""
         sources = [
             [source.name, source.weight, [[shard.sha256 for shard in getattr(source, split)] for split in SPLITS]]
             for source in self.sources
         ]
         content = json.dumps([self.seq_len, self.tokenizer["fingerprint"], sources])
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def without_validation(self) -> list[SourceEntry]:
+        """The sources that have no validation row."""
+        return [source for source in self.sources if not source.validation]
 
     @classmethod
     def load(cls, directory: str | Path) -> "Manifest":
@@ -110,12 +120,28 @@ class Manifest:
             raise UserError(f"{path}: found format {found}, expected {FORMAT!r} version {VERSION}")
         for source in content["sources"]:
             for split in SPLITS:
-                source[split] = [Shard(**shard) for shard in source[split]]
-        content["sources"] = [SourceEntry(**source) for source in content["sources"]]
-        return cls(**content)
+                source[split] = [_from_json(Shard, shard) for shard in source[split]]
+        content["sources"] = [_from_json(SourceEntry, source) for source in content["sources"]]
+        return _from_json(cls, content)
+
+
+def _to_json(value: Any) -> Any:
+    """A dataclass as a dict. A field with the metadata `json` has that name there, which older files use."""
+    if is_dataclass(value):
+        return {f.metadata.get("json", f.name): _to_json(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, list):
+        return [_to_json(element) for element in value]
+    return value
+
+
+def _from_json(cls: type, content: dict) -> Any:
+    names: dict[str, str] = {f.metadata.get("json", f.name): f.name for f in fields(cls)}
+    values: Any = {names.get(key, key): value for key, value in content.items()}
+    return cls(**values)
 
 
 def dtype_for(vocab_size: int) -> str:
+    """The smallest type that holds every token id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
@@ -130,9 +156,11 @@ class ShardWriter:
     """Writes one shard file under a temporary name; `close` renames it and returns its entry."""
 
     def __init__(self, directory: Path, file: str, shard_schema: pa.Schema):
-        self.directory, self.file, self.schema = directory, file, shard_schema
+        self.file = file
+        self.schema = shard_schema
         self.seq_len = shard_schema.field("input_ids").type.list_size
-        self.rows = self.documents = 0
+        self.rows = 0
+        self.documents = 0  # pieces of documents in them
         self._waiting: list[PackedRows] = []
         self._waiting_rows = 0
         self.path = directory / file
@@ -149,12 +177,15 @@ class ShardWriter:
             self._flush(BATCH_ROWS)
 
     def _flush(self, count: int) -> None:
-        waiting = self._waiting
-        rows = PackedRows(
-            *(np.concatenate([getattr(r, name) for r in waiting]) for name in ("ids", "lengths", "counts"))
+        """Write `count` of the waiting rows as one record batch."""
+        waiting = PackedRows(
+            np.concatenate([rows.ids for rows in self._waiting]),
+            np.concatenate([rows.lengths for rows in self._waiting]),
+            np.concatenate([rows.counts for rows in self._waiting]),
         )
-        rows, later = rows.split(count)
-        self._waiting, self._waiting_rows = [later], len(later)
+        rows, later = waiting.split(count)
+        self._waiting = [later]
+        self._waiting_rows = len(later)
         id_type, length_type = self.schema.types
         flat = pa.array(rows.ids.ravel().astype(id_type.value_type.to_pandas_dtype()))
         offsets = np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int32)
@@ -167,23 +198,25 @@ class ShardWriter:
         self.documents += len(pieces)
 
     def close(self) -> Shard:
+        """Finish the file; returns its entry for the manifest."""
         if self._waiting_rows:
             self._flush(self._waiting_rows)
         self._writer.close()
         self._sink.close()
-        with open(self._temporary, "rb") as file:
-            os.fsync(file.fileno())
-        digest, size = sha256_of(self._temporary), self._temporary.stat().st_size
+        force_to_disk(self._temporary)
+        digest = sha256_of(self._temporary)
+        size = self._temporary.stat().st_size
         os.replace(self._temporary, self.path)
         return Shard(self.file, self.rows, self.rows * self.seq_len, self.documents, size, digest)
 
     def abandon(self) -> None:
+        """Remove what was written."""
         self._sink.close()
         self._temporary.unlink(missing_ok=True)
 
 
 class ShardReader:
-    """One memory-mapped shard; `row(i)` copies nothing but the row.
+    """One memory-mapped shard: the arrays of its record batches are views of the file.
 
     Raises UserError when the file is not a readable Arrow file.
     """
@@ -198,21 +231,16 @@ class ShardReader:
                 "run `python -m data_prep verify` on its corpus, then prepare it again"
             ) from None
         self.schema = reader.schema
-        self.rows = sum(batch.num_rows for batch in batches)
-        self._ids = [batch.column(0).flatten().to_numpy() for batch in batches]
-        self._offsets = [batch.column(1).offsets.to_numpy() for batch in batches]
-        self._lengths = [batch.column(1).values.to_numpy() for batch in batches]
         self.seq_len = self.schema.field("input_ids").type.list_size
+        self.rows = sum(batch.num_rows for batch in batches)
+        # one array per record batch
+        self.ids = [batch.column(0).flatten().to_numpy() for batch in batches]  # (rows * seq_len,)
+        self.lengths = [batch.column(1).values.to_numpy() for batch in batches]  # (pieces,) of all rows
+        self.offsets = [batch.column(1).offsets.to_numpy() for batch in batches]  # (rows + 1,) into lengths
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (seq_len,), document_lengths (documents,)) as views of the file."""
-        batch, i = divmod(index, BATCH_ROWS)
-        begin, end = self._offsets[batch][i], self._offsets[batch][i + 1]
-        return self._ids[batch][i * self.seq_len : (i + 1) * self.seq_len], self._lengths[batch][begin:end]
 
-
-class Rows:
-    """The rows of one split of one source, over all its shards, opened when first read."""
+class ShardedRows:
+    """The rows of one split of one source, over all its shards, which are opened when first read."""
 
     def __init__(self, directory: Path, shards: list[Shard]):
         self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
@@ -223,22 +251,31 @@ class Rows:
         return int(self._starts[-1])
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._open(shard).row(index - int(self._starts[shard]))
+        """(ids (seq_len,), document_lengths (documents,)) as views of the file."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard = self._open(number)
+        batch, i = divmod(index - int(self._starts[number]), BATCH_ROWS)
+        offsets = shard.offsets[batch]
+        ids = shard.ids[batch][i * shard.seq_len : (i + 1) * shard.seq_len]
+        return ids, shard.lengths[batch][offsets[i] : offsets[i + 1]]
 
 
 def check(
-    directory: str | Path, hashes: bool = True, contents: bool = False, progress: Callable[[Shard], None] | None = None
+    directory: str | Path,
+    hashes: bool = True,
+    contents: bool = False,
+    progress: Callable[[Shard], object] | None = None,
 ) -> list[str]:
-    """Problems of a corpus against its manifest, one line each, naming the file; empty when all is well.
+    """Compare a corpus with its manifest; returns one line per problem, naming the file. Empty when all is well.
 
-    Sizes always; sha256 with `hashes`; every row's ids and lengths with `contents`.
+    Sizes are always compared, sha256 with `hashes`, and every row's ids and lengths with `contents`.
+    `progress` is called after each shard.
     """
     directory = Path(directory)
     manifest = Manifest.load(directory)
     problems = []
     for source in manifest.sources:
-        if problem := source.accounting():
+        if problem := source.token_mismatch():
             problems.append(problem)
         for shard in source.train + source.validation:
             problem = _check_shard(directory, manifest, shard, hashes, contents)
@@ -268,8 +305,9 @@ def _check_shard(directory: Path, manifest: Manifest, shard: Shard, hashes: bool
         return f"{path}: its schema differs from the manifest's seq_len, dtype or tokenizer"
     if reader.rows != shard.rows:
         return f"{path}: {reader.rows} rows, the manifest says {shard.rows}"
-    for index in range(reader.rows):
-        ids, lengths = reader.row(index)
+    rows = ShardedRows(directory, [shard])
+    for index in range(len(rows)):
+        ids, lengths = rows.row(index)
         total = int(lengths.sum())
         if total > manifest.seq_len or (total < manifest.seq_len and manifest.packing == "concat"):
             return f"{path}: row {index}: document lengths sum to {total}, expected {manifest.seq_len}"

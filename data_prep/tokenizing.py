@@ -1,12 +1,12 @@
-"""Texts to token ids, exactly as `tokenizer.encode` gives them, by the fastest engine that proves it.
+"""Texts to token ids, exactly as `tokenizer.encode` gives them, with the fastest engine that does so.
 
-In: a tokenizer, batches of texts. Out: ids of a batch, end to end, and the number of ids of each text.
+In: a tokenizer and batches of texts. Out: the ids of a batch, end to end, and the number of ids of each text.
 Two engines: the reference, Hugging Face `tokenizers` (or sentencepiece behind a slow tokenizer), and
-`gigatoken`, some ten times faster. `auto` uses gigatoken after it gave the reference's ids on a battery
-of adversarial strings and a sample of the corpus, and compares a sample of documents all along the run.
+`gigatoken`, some ten times faster. `auto` uses gigatoken if it gives the reference's ids on adversarial
+texts and on a sample of the corpus; during the run a sample of the documents is compared as well.
 
-The tokenizer's fingerprint stands in the manifest and is computed again by the trainer, so that shards
-are never read with another vocabulary.
+The manifest holds the tokenizer's fingerprint. The trainer computes it again and refuses shards that were
+made with another tokenizer.
 """
 
 import hashlib
@@ -15,36 +15,46 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
 
 from common.errors import UserError
 
+if TYPE_CHECKING:  # importing transformers takes seconds, and workers do not need it
+    from transformers import PreTrainedTokenizerBase
+
 Encoded = tuple[np.ndarray, np.ndarray]  # ids (tokens,) uint32 or int64, end to end; lengths (texts,) int64
 
 
-def load_tokenizer(name: str, revision: str = "main"):
-    """AutoTokenizer, with an error that says what to do. Raises UserError."""
+def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
+    """AutoTokenizer.from_pretrained; raises UserError, whatever the reason that there is no tokenizer."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
-    except Exception as error:  # transformers raises many kinds; all mean that there is no tokenizer
+    except Exception as error:  # transformers raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"no tokenizer could be loaded from {name!r}: {reason}") from error
 
 
-def fingerprint(tokenizer) -> str:
-    """sha256 of what decides a document's ids: vocabulary, merges, normaliser, pre-tokeniser, added tokens.
+def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """sha256 of what decides a document's ids: vocabulary, merges, normalizer, pre-tokenizer, added tokens.
 
-    Padding and truncation settings do not enter, nor does an added mask token: a diffusion model's
-    tokenizer reads documents as its base's does.
+    Padding and truncation settings are left out, and so is an added mask token: a diffusion model's
+    tokenizer gives a document the same ids as its base's.
     """
-    return _fingerprint(tokenizer, tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else "")
+    return _fingerprint(tokenizer, _fast_state(tokenizer))
 
 
-def _fingerprint(tokenizer, backend: str) -> str:
+def _fast_state(tokenizer: Any) -> str:
+    """A fast tokenizer as JSON; empty for a slow one."""
+    return tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
+
+
+def _fingerprint(tokenizer: "PreTrainedTokenizerBase", backend: str) -> str:
     if backend:
         state = json.loads(backend)
         state.pop("padding", None)
@@ -56,32 +66,37 @@ def _fingerprint(tokenizer, backend: str) -> str:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """All that workers need of a tokenizer: loading it there again would import transformers and torch.
+class TokenizerSpec:
+    """What a worker needs to know of a tokenizer, so that it need not import transformers and torch.
 
-    Two recipes are equal when their fingerprints are.
+    Two are equal when their fingerprints are.
     """
 
     fingerprint: str
     name: str = field(compare=False)
     revision: str = field(compare=False)
     state: str = field(compare=False)  # the fast tokenizer as JSON; empty: a slow one, loaded by name
-    size: int = field(compare=False)  # ids below it
+    size: int = field(compare=False)  # tokens in the vocabulary; every id is smaller
     special_ids: dict[str, int | None] = field(compare=False)  # bos, eos, pad
     special_tokens: tuple[str, ...] = field(compare=False)
 
 
-def recipe_of(tokenizer, name: str = "", revision: str = "main") -> Recipe:
-    """The recipe of a tokenizer of transformers, which came from `name`."""
-    state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
-    return Recipe(
-        _fingerprint(tokenizer, state),
-        name,
-        revision,
-        state,
-        len(tokenizer),
-        {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
-        tuple(token for token in tokenizer.all_special_tokens if token),
+def spec_of(tokenizer: "PreTrainedTokenizerBase", name: str = "", revision: str = "main") -> TokenizerSpec:
+    """The spec of a tokenizer that transformers loaded from `name`."""
+    state = _fast_state(tokenizer)
+    special_ids: dict[str, Any] = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
+    return TokenizerSpec(
+        fingerprint=_fingerprint(tokenizer, state),
+        name=name,
+        revision=revision,
+        state=state,
+        size=len(tokenizer),
+        special_ids=special_ids,
+        special_tokens=tuple(token for token in tokenizer.all_special_tokens if token),
     )
 
 
@@ -90,14 +105,15 @@ class Reference:
 
     name = "tokenizers"
 
-    def __init__(self, recipe: Recipe):
-        self._slow = self._fast = None
-        if recipe.state:
-            self._fast = tokenizers.Tokenizer.from_str(recipe.state)
+    def __init__(self, spec: TokenizerSpec):
+        self._fast: Any = None
+        self._slow: Any = None
+        if spec.state:
+            self._fast = tokenizers.Tokenizer.from_str(spec.state)
             self._fast.no_truncation()
             self._fast.no_padding()
         else:
-            self._slow = load_tokenizer(recipe.name, recipe.revision)
+            self._slow = load_tokenizer(spec.name, spec.revision)
         self.version = tokenizers.__version__
 
     def encode(self, texts: list[str]) -> Encoded:
@@ -111,58 +127,64 @@ class Reference:
 
 
 class Gigatoken:
-    """The same ids by gigatoken. Raises ImportError where it is not installed, ValueError where it cannot.
+    """gigatoken. Raises ImportError if it is not installed, ValueError if it cannot read the tokenizer.
 
-    It wants every single byte in a byte-level vocabulary. Some lack a few control characters, which
-    `tokenizers` then drops; such bytes are added here to let it start, and texts that hold one are left
-    to the reference.
+    It requires a byte-level vocabulary to have a token for each of the 256 bytes. Some vocabularies lack a
+    few control characters, and `tokenizers` silently drops these bytes. Here such bytes get a made-up token,
+    so that gigatoken starts, and texts that contain one are encoded by the reference instead.
     """
 
     name = "gigatoken"
 
-    def __init__(self, recipe: Recipe, parallel: bool = True):
+    def __init__(self, spec: TokenizerSpec, parallel: bool = True):
         import gigatoken
 
-        if not recipe.state:
+        if not spec.state:
             raise ValueError("it reads tokenizer.json only")
-        state = json.loads(recipe.state)
+        state = json.loads(spec.state)
         missing = _missing_bytes(state)
         vocabulary = state["model"].get("vocab")
         if missing:
-            first = max(recipe.size, *(i + 1 for i in vocabulary.values()))
+            first = max(spec.size, *(i + 1 for i in vocabulary.values()))
             vocabulary |= {character: first + n for n, character in enumerate(missing.values())}
-        # bytes above 0x7f stand in multi-byte characters only, and all of those are looked at
-        self._odd = re.compile("|".join(re.escape(chr(byte)) for byte in missing if byte < 0x80)) if missing else None
-        self._odd_high = {byte for byte in missing if byte >= 0x80}
+        # ASCII bytes are characters of their own; the others occur only inside multi-byte characters
+        self._missing_ascii = {chr(byte) for byte in missing if byte < 0x80}
+        self._missing_high = {byte for byte in missing if byte >= 0x80}
+        self._ascii_pattern = re.compile("|".join(map(re.escape, self._missing_ascii)))
         self._tokenizer = gigatoken.Tokenizer.from_json(json.dumps(state))
-        self.reference, self._parallel = Reference(recipe), parallel
-        self.version = _version("gigatoken-cachefix") or _version("gigatoken")
+        self.reference = Reference(spec)
+        self._parallel = parallel
+        self.version = _installed_version("gigatoken-cachefix") or _installed_version("gigatoken")
 
     def encode(self, texts: list[str]) -> Encoded:
-        odd = [i for i, text in enumerate(texts) if self._is_odd(text)] if self._odd or self._odd_high else []
-        rows = self._tokenizer.encode_batch(texts, parallel=self._parallel).layout
+        left_out = [i for i, text in enumerate(texts) if self._has_missing_byte(text)]
+        rows: Any = self._tokenizer.encode_batch(texts, parallel=self._parallel).layout
         offsets = np.asarray(rows.offsets.data)
-        ids, lengths = np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
-        if not odd:
+        ids = np.asarray(rows.content.data)[offsets[0] : offsets[-1]]
+        lengths = np.diff(offsets)
+        if not left_out:
             return ids, lengths
         pieces = np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1])
-        for i in odd:
+        for i in left_out:
             pieces[i] = self.reference.encode([texts[i]])[0]
         return np.concatenate(pieces), np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
 
-    def _is_odd(self, text: str) -> bool:
-        if self._odd is not None and self._odd.search(text):
+    def _has_missing_byte(self, text: str) -> bool:
+        if self._missing_ascii and self._ascii_pattern.search(text):
             return True
-        return bool(self._odd_high) and not text.isascii() and not self._odd_high.isdisjoint(text.encode())
+        return bool(self._missing_high) and not text.isascii() and not self._missing_high.isdisjoint(text.encode())
+
+
+Engine = Reference | Gigatoken
 
 
 def _missing_bytes(state: dict) -> dict[int, str]:
-    """Bytes that a byte-level BPE has no token for, each with the character that stands for it in the vocabulary."""
+    """Bytes that a byte-level BPE has no token for, each with the character that writes it in the vocabulary."""
     parts = [state.get("pre_tokenizer") or {}]
     parts += parts[0].get("pretokenizers", [])
     if not any(part.get("type") == "ByteLevel" for part in parts):
         return {}
-    never = {0xC0, 0xC1, *range(0xF5, 0x100)}  # in no UTF-8 text; wanted all the same
+    never = {0xC0, 0xC1, *range(0xF5, 0x100)}  # occur in no UTF-8 text; gigatoken requires them all the same
     vocabulary = state["model"]["vocab"]
     missing = {byte: character for byte, character in _byte_characters().items() if character not in vocabulary}
     return {byte: missing[byte] for byte in sorted(missing, key=lambda byte: (byte in never, byte))}
@@ -175,27 +197,25 @@ def _byte_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
+def _installed_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def make_engine(recipe: Recipe, requested: str, sample: list[str], parallel: bool = True):
-    """(engine, one line on why) for `engine: auto | tokenizers | gigatoken`.
+def select_engine(spec: TokenizerSpec, requested: str, sample: list[str], parallel: bool = True) -> tuple[Engine, str]:
+    """(engine, the reason in one line) for `engine: auto | tokenizers | gigatoken`.
 
-    `sample`: texts of the corpus on which gigatoken must prove itself, beside the battery.
-    Raises UserError when gigatoken is asked for and cannot be used.
+    gigatoken must give the reference's ids on the adversarial texts and on `sample`, texts of the corpus.
+    Raises UserError when gigatoken is requested and cannot be used.
     """
     if requested == "tokenizers":
-        return Reference(recipe), "as configured"
+        return Reference(spec), "as configured"
     try:
-        engine = Gigatoken(recipe, parallel)
-        texts = battery(recipe) + sample
-        problem = difference(engine, engine.reference, texts)
+        engine = Gigatoken(spec, parallel)
+        texts = adversarial_texts(spec) + sample
+        problem = first_difference(engine, engine.reference, texts)
     except ImportError:
         problem = "it is not installed (pip install gigatoken-cachefix)"
     except ValueError as error:
@@ -204,55 +224,66 @@ def make_engine(recipe: Recipe, requested: str, sample: list[str], parallel: boo
         return engine, f"the reference's ids on {len(texts):,} strings"
     if requested == "gigatoken":
         raise UserError(f"engine is gigatoken, but {problem}; use engine=auto or engine=tokenizers")
-    return Reference(recipe), f"gigatoken is not used: {problem}"
+    return Reference(spec), f"gigatoken is not used: {problem}"
 
 
-def difference(engine, reference: Reference, texts: list[str]) -> str | None:
-    """The first text on which two engines differ, described; None where there is none."""
-    (a, a_lengths), (b, b_lengths) = engine.encode(texts), reference.encode(texts)
-    if np.array_equal(a_lengths, b_lengths) and np.array_equal(a, b):
+def first_difference(engine: Engine, reference: Reference, texts: list[str]) -> str | None:
+    """A description of the first text on which two engines differ; None where there is none."""
+    found, found_lengths = engine.encode(texts)
+    expected, expected_lengths = reference.encode(texts)
+    if np.array_equal(found_lengths, expected_lengths) and np.array_equal(found, expected):
         return None
-    a_rows, b_rows = (np.split(ids, np.cumsum(lengths)[:-1]) for ids, lengths in ((a, a_lengths), (b, b_lengths)))
-    for text, x, y in zip(texts, a_rows, b_rows):
-        if not np.array_equal(x, y):
+    found_rows = np.split(found, np.cumsum(found_lengths)[:-1])
+    expected_rows = np.split(expected, np.cumsum(expected_lengths)[:-1])
+    for text, row, expected_row in zip(texts, found_rows, expected_rows):
+        if not np.array_equal(row, expected_row):
             return f"its ids differ from those of tokenizers on {text[:60]!r}"
     return None
 
 
-# Where a text may be cut so that its parts' ids, end to end, are its own. The matched characters are dropped.
-CUTS = (
-    # GPT-2's and its successors' pre-tokenizers: a word begins with its space, a lone newline ends what is before it
+# Places where a long text may be cut into parts that are tokenized one by one: the ids of the parts, end to
+# end, must be the ids of the whole. The matched characters themselves are dropped.
+CUT_PATTERNS = (
+    # GPT-2's and its successors' pre-tokenizers: a word begins with its space, and a lone newline ends a chunk
     re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=[^\W\d_])"),
-    # LLaMA-2's tokenizer puts a space before every text
+    # LLaMA-2's tokenizer puts a space before every text, so the space of the cut is dropped
     re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])"),
 )
 
 
-def find_cut(recipe: Recipe) -> re.Pattern | None:
-    """The first of CUTS that proves itself on adversarial strings, cut wherever it allows; None: texts stay whole."""
-    reference, rng = Reference(recipe), random.Random(0)
-    strings, words = battery(recipe, 600), ["aZ", "the", "I", "xyz", "tion", "été", "本", "."]
+def find_cut_pattern(spec: TokenizerSpec) -> re.Pattern | None:
+    """The first of CUT_PATTERNS that keeps the ids of adversarial texts, cut wherever it matches; None if none does."""
+    reference = Reference(spec)
+    rng = random.Random(0)
+    strings = adversarial_texts(spec, 600)
+    words = ["aZ", "the", "I", "xyz", "tion", "été", "本", "."]
     texts = [
         "".join(rng.choice(strings)[:200] + rng.choice(words) + rng.choice(" \n") + rng.choice(words) for _ in range(4))
         for _ in range(400)
     ]
-    added = [token["content"] for token in json.loads(recipe.state)["added_tokens"]] if recipe.state else []
+    added = [token["content"] for token in json.loads(spec.state)["added_tokens"]] if spec.state else []
     whole, _ = reference.encode(texts)
-    for cut in CUTS:
-        parts = [part for text in texts for part in cut_text(iter([text]), cut, 1)]
-        if np.array_equal(whole, reference.encode(parts)[0]) and not any(cut.search(token) for token in added):
-            return cut
+    for pattern in CUT_PATTERNS:
+        parts = [part for text in texts for part in cut_text(iter([text]), pattern, 1)]
+        cuts_a_token = any(pattern.search(token) for token in added)
+        if not cuts_a_token and np.array_equal(whole, reference.encode(parts)[0]):
+            return pattern
     return None
 
 
-def cut_text(blocks: Iterator[str], cut: re.Pattern | None, size: int) -> Iterator[str]:
-    """The text of `blocks` in parts of `size` characters, or as many more as there are up to a place of `cut`."""
-    rest, searched = "", size
+def cut_text(blocks: Iterator[str], pattern: re.Pattern | None, size: int) -> Iterator[str]:
+    """The text of `blocks` in parts of at least `size` characters, each cut at the next match of `pattern`.
+
+    Without a pattern the text comes as one part.
+    """
+    rest = ""
+    searched = size  # there is no match before this position of `rest`
     for block in blocks:
         rest += block
-        while cut is not None and (found := cut.search(rest, searched)):
+        while pattern is not None and (found := pattern.search(rest, searched)):
             yield rest[: found.start()]
-            rest, searched = rest[found.end() :], size
+            rest = rest[found.end() :]
+            searched = size
         searched = max(size, len(rest) - 2)
     if rest:
         yield rest
@@ -270,10 +301,10 @@ FRAGMENTS = [
 # fmt: on
 
 
-def battery(recipe: Recipe, count: int = 1500) -> list[str]:
-    """Adversarial strings, the same at each call: joined fragments, random unicode, long runs, special tokens."""
+def adversarial_texts(spec: TokenizerSpec, count: int = 1500) -> list[str]:
+    """Hard texts, the same at each call: joined fragments, random unicode, long runs, special tokens."""
     rng = random.Random(20241017)
-    specials = list(recipe.special_tokens)
+    specials = list(spec.special_tokens)
     fragments = FRAGMENTS + specials + [s[:-1] for s in specials] + [" " + s for s in specials]
     texts = ["", *fragments, *(a + b for a in specials for b in fragments)]
     for _ in range(count):

@@ -1,7 +1,7 @@
-"""From a causal language model to a diffusion model with a mask token, before any training.
+"""From a causal language model to a model that can be trained: with a mask token, and attention of any form.
 
 In: the run configuration's model section. Out: a tokenizer that knows the mask, and the diffusion
-class of the base's architecture with the base's weights.
+class of the base's architecture with the base's weights, or with new ones.
 """
 
 import ctypes
@@ -9,19 +9,26 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AddedToken, AutoConfig, AutoTokenizer, PretrainedConfig
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from common.errors import UserError
 
-from .config import ModelConfig
-from .model import attention, loss
+from .config import ModelConfig, RunConfig
+from .model.attention import IMPLEMENTATION, select_backend
+from .model.forms import Form
+from .model.loss import select_loss
 from .model.modeling_diffullama import diffusion_class
 
-# Settings of known architectures under which head(hidden) are not the logits, or attention is not plain.
+# Settings of known architectures under which head(hidden) are not the logits, or attention is not softmax alone.
+# Each with the value that does no harm.
 UNSUPPORTED = {
     "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
@@ -30,7 +37,7 @@ UNSUPPORTED = {
 }
 
 
-# What selective activation checkpointing keeps: the results that are dear to compute again.
+# What selective activation checkpointing keeps: ops too expensive to recompute.
 SAVED = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -42,25 +49,60 @@ SAVED = [
 
 
 def base_config(model: ModelConfig, seq_len: int) -> PretrainedConfig:
-    """The base's configuration, checked. Raises UserError where it cannot be adapted at `seq_len`."""
-    try:
-        config = AutoConfig.from_pretrained(
-            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.base {model.base!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    for key, expected in model.architecture.items():
-        if getattr(config, key, None) != expected:
-            raise UserError(
-                f"model.base {model.base!r} has {key}={getattr(config, key, None)!r}, "
-                f"but model.architecture says {expected!r}; correct one of them"
-            )
+    """The shape of the model to train, checked. Raises UserError where it cannot be trained at `seq_len`.
+
+    With model.init=random it is model.architecture where given; otherwise the base's, which model.architecture must
+    agree with.
+    """
+    if model.init == "random" and model.architecture:
+        config = architecture_config(model.architecture)
+    else:
+        config = _load_base_config(model)
+        for key, expected in (model.architecture or {}).items():
+            if getattr(config, key, None) != expected:
+                raise UserError(
+                    f"model.base {model.base!r} has {key}={getattr(config, key, None)!r}, but model.architecture says "
+                    f"{expected!r}; correct one of them, or take the base's own shape with model.architecture=null"
+                )
     check_adaptable(config, seq_len)
     return config
 
 
+def _load_base_config(model: ModelConfig) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(
+            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.base {model.base!r} cannot be loaded: {_reason(model.base, error)}") from None
+
+
+def _reason(base: str, error: Exception) -> str:
+    """Why a base cannot be loaded; the Hub's words about names do not help where a path was meant."""
+    if base.startswith(("/", ".", "~")) and not Path(base).exists():
+        return "there is no such folder"
+    return str(error).splitlines()[0]
+
+
+def architecture_config(architecture: dict[str, Any]) -> PretrainedConfig:
+    """The configuration of transformers that model.architecture describes. Raises UserError."""
+    settings = dict(architecture)
+    model_type = settings.pop("model_type", None)
+    try:
+        known = AutoConfig.for_model(model_type)
+    except (KeyError, ValueError):
+        raise UserError(f"model.architecture has model_type={model_type!r}, which transformers does not know") from None
+    unknown = [key for key in settings if not hasattr(known, key)]
+    if unknown:
+        raise UserError(f"model.architecture: a {model_type} has no setting {', '.join(unknown)}")
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"model.architecture cannot be: {' '.join(str(error).split())}") from None
+
+
 def check_adaptable(config: PretrainedConfig, seq_len: int) -> None:
-    """Raise UserError for an architecture that would not compute what its causal original computes."""
+    """Raise UserError for an architecture whose diffusion class would not compute what the causal model computes."""
     try:
         diffusion_class(type(config))
     except ValueError as error:
@@ -74,17 +116,40 @@ def check_adaptable(config: PretrainedConfig, seq_len: int) -> None:
             raise UserError(f"rows have {seq_len} tokens, but the base has {key}={limit}; prepare shorter rows")
 
 
-def load_tokenizer(model: ModelConfig):
+def check_fits(config: RunConfig, base: PretrainedConfig, vocabulary: int) -> None:
+    """Raise UserError where the model to train and the run do not fit; `vocabulary`: ids that the corpus may hold."""
+    if config.model.init == "random":
+        if base.vocab_size < vocabulary:
+            raise UserError(
+                f"model.architecture has vocab_size={base.vocab_size}, but the tokenizer of {config.model.base!r} has "
+                f"{vocabulary} tokens; give at least as many"
+            )
+        return
+    learnt = getattr(base, "diffusion", None) or {}
+    shift = config.diffusion.shift if config.objective == "masked_diffusion" else True
+    if learnt and learnt.get("shift", True) != shift:
+        found = str(not shift).lower()
+        needed = "set the same" if config.objective == "masked_diffusion" else "an autoregressive model has the shift"
+        raise UserError(f"model.base {config.model.base!r} was trained with diffusion.shift={found}; {needed}")
+
+
+def take_token_ids(config: PretrainedConfig, tokenizer: Any) -> None:
+    """Give a new model the special ids of its tokenizer; a configuration class has defaults of some other one."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
     """The base's tokenizer as it is, without a mask. Raises UserError."""
     try:
         return AutoTokenizer.from_pretrained(
             model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer in model.base {model.base!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"no tokenizer in model.base {model.base!r}: {_reason(model.base, error)}") from None
 
 
-def add_mask_token(tokenizer, model: ModelConfig) -> int:
+def add_mask_token(tokenizer: Any, model: ModelConfig) -> int:
     """Give `tokenizer` its mask token and return the id. Raises UserError for an id outside the vocabulary."""
     if model.mask_token_id is None:
         # lstrip: the space before a mask belongs to the word to be found, as in RoBERTa's tokenizer
@@ -96,44 +161,77 @@ def add_mask_token(tokenizer, model: ModelConfig) -> int:
     return model.mask_token_id
 
 
-def load_model(model: ModelConfig, config: PretrainedConfig, mask_token_id: int, dtype: torch.dtype):
-    """The diffusion model at step 0, partitioned while loading where ZeRO-3 is on.
+def load_model(
+    model: ModelConfig, config: PretrainedConfig, mask_token_id: int | None, dtype: torch.dtype, seed: int = 0
+) -> Any:
+    """The model at step 0, partitioned while loading where ZeRO-3 is on.
 
-    A new mask token gets the mean of the other embeddings; that of a diffusion checkpoint stays.
-    Dropout is off: all randomness of a run is the noise, a function of (seed, sample).
+    A new mask token gets the mean of the other embeddings; that of a diffusion checkpoint stays. `mask_token_id` None
+    adds none. `seed` decides the weights of model.init=random, whatever the ZeRO stage.
+    Dropout is off: all randomness of a run is the noise, a function of (seed, row).
     """
     for key in vars(config):
-        if key.endswith("dropout") or key.endswith("_pdrop"):
+        if ("dropout" in key or key.endswith("_pdrop")) and isinstance(getattr(config, key), float | int):
             setattr(config, key, 0.0)
     vocabulary = config.vocab_size
     new = model.mask_token_id is None and getattr(config, "mask_token_id", None) != mask_token_id
     with freed_memory_returns():
-        loaded = diffusion_class(type(config)).from_pretrained(
-            model.base,
-            config=config,
-            revision=model.revision,
-            dtype=dtype,
-            use_safetensors=True,
-        )
+        if model.init == "random":
+            loaded = _new_model(config, dtype, seed)
+        else:
+            loaded = diffusion_class(type(config)).from_pretrained(
+                model.base,
+                config=config,
+                revision=model.revision,
+                dtype=dtype,
+                use_safetensors=True,
+            )
     loaded.config.use_cache = False
-    loaded.config.mask_token_id = mask_token_id
-    if mask_token_id >= vocabulary:
-        loaded.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
-    if new:
-        heads = {id(m): m for m in (loaded.get_input_embeddings(), loaded.get_output_embeddings())}
-        for module in heads.values():
-            _set_row_to_mean(module, mask_token_id)
-    loaded.attention_backend, loaded.loss_path = model.attention, model.loss
-    accelerate_blocks(loaded, model)
+    if mask_token_id is not None:
+        loaded.config.mask_token_id = mask_token_id
+        if mask_token_id >= vocabulary:
+            loaded.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
+        if new:
+            heads = {id(m): m for m in (loaded.get_input_embeddings(), loaded.get_output_embeddings())}
+            for module in heads.values():
+                _set_row_to_mean(module, mask_token_id)
+    loaded.attention_backend = model.attention
+    loaded.loss_path = model.loss
+    apply_kernels(loaded, model)
     return loaded
+
+
+def _new_model(config: PretrainedConfig, dtype: torch.dtype, seed: int) -> Any:
+    """A model of random weights.
+
+    Under ZeRO-3 transformers draws no number until the whole model is made, elsewhere also for weights that it then
+    draws again. So that a seed means the same weights everywhere, the first way is taken at all stages.
+    """
+    zero3 = is_deepspeed_zero3_enabled()
+    torch.manual_seed(seed)
+    with nullcontext() if zero3 else no_init_weights():
+        model = diffusion_class(type(config))._from_config(config, attn_implementation=IMPLEMENTATION, dtype=dtype)
+    if not zero3:
+        # of a class that is not its own, transformers skips modules that only rescale others' weights, as GPT-2's do
+        model.base_model.initialize_weights()
+        model.init_weights()  # the head, and ties
+    return model
+
+
+def describe_model(config: PretrainedConfig, shipped: dict[str, Any]) -> None:
+    """Write what the objective ships into the model's configuration, and nothing of what another one left there."""
+    for key in ("diffusion", "mask_token_id"):
+        if hasattr(config, key) and key not in shipped:
+            delattr(config, key)
+    config.update(shipped)
 
 
 @contextmanager
 def freed_memory_returns() -> Iterator[None]:
-    """Within it, memory of freed tensors goes back to the machine at once.
+    """Inside this context, freed memory goes back to the operating system at once.
 
-    Under ZeRO-3 a model is made and partitioned layer by layer, but glibc keeps the blocks that were freed and
-    cannot reuse many of them: each rank then peaks at a full copy (benchmarks/host_memory.md).
+    Under ZeRO-3 a model is made and partitioned layer by layer. glibc keeps the freed blocks, though, and cannot
+    reuse many of them, so that each rank peaks at a full copy (benchmarks/host_memory.md).
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -144,15 +242,17 @@ def freed_memory_returns() -> Iterator[None]:
     mallopt(mmap_threshold, 128 << 10)
     try:
         yield
-    finally:  # what glibc itself arrives at in a process with large tensors
+    finally:  # the values that glibc itself adapts to in a process with large tensors
         mallopt(mmap_threshold, 32 << 20)
         mallopt(trim_threshold, 64 << 20)
 
 
-def accelerate_blocks(loaded, model: ModelConfig) -> None:
+def apply_kernels(loaded: Any, model: ModelConfig) -> None:
     """Liger's kernels, activation checkpointing and torch.compile, as configured; the same model."""
     if model.liger:
-        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import (  # type: ignore[import-not-found]
+            _apply_liger_kernel_to_instance,
+        )
 
         names = ("rope", "rms_norm", "swiglu", "geglu", "layer_norm")
         _apply_liger_kernel_to_instance(
@@ -168,7 +268,7 @@ def accelerate_blocks(loaded, model: ModelConfig) -> None:
             block.compile(dynamic=False)
 
 
-def blocks(loaded) -> torch.nn.ModuleList:
+def blocks(loaded: Any) -> torch.nn.ModuleList:
     """The transformer's blocks: the one list of as many modules as the configuration has layers."""
     layers = loaded.config.num_hidden_layers
     found = [m for m in loaded.base_model.children() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
@@ -177,11 +277,11 @@ def blocks(loaded) -> torch.nn.ModuleList:
     return found[0]
 
 
-def check_acceleration(model: ModelConfig, forms: set[str], device: str, dtype: torch.dtype) -> dict[str, str]:
+def check_acceleration(model: ModelConfig, forms: list[Form], device: str, dtype: torch.dtype) -> dict[str, str]:
     """The attention backend of each form of visibility. Raises UserError for what this machine cannot do."""
     try:
-        loss.choose(model.loss, torch.device(device))
-        found = {form: attention.choose(model.attention, form, device, dtype) for form in sorted(forms)}
+        select_loss(model.loss, device)
+        found = {form.name: select_backend(model.attention, form, device, dtype) for form in forms}
     except ValueError as error:
         raise UserError(str(error)) from None
     if model.liger and (device != "cuda" or not importlib.util.find_spec("liger_kernel")):

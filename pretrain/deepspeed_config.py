@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 
@@ -62,13 +63,13 @@ def resolve(path: str | Path, config: RunConfig, dtype: str, hidden_size: int, w
     return content
 
 
-def _get(content: dict, keys: tuple[str, ...]):
+def _get(content: Any, keys: tuple[str, ...]) -> Any:
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return content
 
 
-def _set(content: dict, keys: tuple[str, ...], value) -> None:
+def _set(content: Any, keys: tuple[str, ...], value) -> None:
     for key in keys[:-1]:
         content = content.setdefault(key, {})
     content[keys[-1]] = value

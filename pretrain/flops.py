@@ -1,34 +1,17 @@
 """Model FLOPs of a step, for MFU: what the mathematics needs, not what a kernel or recomputation spends."""
 
+from typing import Any
+
 import torch
 
 # Dense bf16 FLOP/s by a part of the device's name, the longest match; from NVIDIA's data sheets (SXM).
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "GB200": 2250e12}
 
 
-def visible_share(form: str, ratio: float, width: int, length: int) -> float:
-    """Of the length² pairs of a row of one document, the share that attention sees."""
-    past = length * (length + 1) / 2
-    future = length * (length - 1) / 2
-    if form == "full":
-        seen = past + future
-    elif form == "bernoulli":
-        seen = past + ratio * future
-    elif form == "window":
-        near = min(width, length - 1)
-        seen = past + near * length - near * (near + 1) / 2
-    elif form == "block":
-        whole, rest = divmod(length, width)
-        seen = past + whole * width * (width - 1) / 2 + rest * (rest - 1) / 2
-    else:
-        seen = past
-    return seen / length**2
+def step_flops(model: Any, tokens: int, labelled: int, length: int, share: float) -> float:
+    """Forward and backward FLOPs of a step of `tokens` tokens, `labelled` of them with a loss, in rows of `length`.
 
-
-def step_flops(model, tokens: int, masked: int, length: int, share: float) -> float:
-    """Forward and backward FLOPs of a step of `tokens` tokens, `masked` of them with a loss, in rows of `length`.
-
-    6 a token and weight of the blocks' matrices; 6 · hidden · vocabulary a masked token, since only those meet
+    6 a token and weight of the blocks' matrices; 6 · hidden · vocabulary a labelled token, since only those meet
     the vocabulary; attention 12 · layers · width of all heads · length · `share` a token (scores and values, 2 FLOPs
     each, once forward and twice backward), where `share` of the pairs is visible: 1 when bidirectional, about 1/2
     when causal, so a bidirectional step needs more than a causal formula would count.
@@ -43,7 +26,7 @@ def step_flops(model, tokens: int, masked: int, length: int, share: float) -> fl
     )
     vocabulary = config.vocab_size * config.hidden_size
     attention = 12 * config.num_hidden_layers * heads * config.num_attention_heads * length * share
-    return tokens * (6 * matrices + attention) + 6 * masked * vocabulary
+    return tokens * (6 * matrices + attention) + 6 * labelled * vocabulary
 
 
 def peak_flops(device: torch.device) -> float | None:

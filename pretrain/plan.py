@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from common.errors import UserError
 
+from .adapt import architecture_config
 from .config import RunConfig, accumulation_steps, total_steps
 from .model.loss import CHUNK_BYTES
 
@@ -14,11 +15,7 @@ GIB = 1 << 30
 def shape_of(config: RunConfig) -> PretrainedConfig:
     """The base's configuration: from model.architecture where given, else from the base. Raises UserError."""
     if config.model.architecture:
-        architecture = dict(config.model.architecture)
-        try:
-            return AutoConfig.for_model(architecture.pop("model_type"), **architecture)
-        except (KeyError, ValueError) as error:
-            raise UserError(f"model.architecture needs a model_type that transformers knows: {error}") from None
+        return architecture_config(config.model.architecture)
     try:
         return AutoConfig.from_pretrained(config.model.base, revision=config.model.revision)
     except (OSError, ValueError) as error:
@@ -50,7 +47,8 @@ def memory_per_rank(
     stage = ds_config["zero_optimization"]["stage"]
     bf16 = ds_config["bf16"]["enabled"]
     weights, gradients, optimizer = (2, 2, 12) if bf16 else (4, 4, 8)
-    width, layers = shape.hidden_size, shape.num_hidden_layers
+    width = shape.hidden_size
+    layers = shape.num_hidden_layers
     tokens = config.train.micro_batch_size * seq_len
     scale = 1 if bf16 else 2
     a_layer = 34 * tokens * width * scale
@@ -74,17 +72,19 @@ def describe(config: RunConfig, ds_config: dict, shape: PretrainedConfig, seq_le
     offload = ds_config["zero_optimization"].get("offload_optimizer")
     accumulation = accumulation_steps(config, world_size)
     annealing = config.annealing
+    anneals = config.objective == "masked_diffusion" and annealing.form != "none"
     lines = [
-        f"run            {config.run_dir}",
+        f"run            {config.run_dir}: {config.objective.replace('_', ' ')}",
         f"model          {config.model.base}: {count / 1e6:,.1f}M parameters, {shape.num_hidden_layers} layers × "
-        f"{shape.hidden_size}, vocabulary {shape.vocab_size:,}",
+        f"{shape.hidden_size}, vocabulary {shape.vocab_size:,}"
+        + (", new weights" if config.model.init == "random" else ""),
         f"rows           {seq_len} tokens",
         f"global batch   {config.train.global_batch_size} rows = {per_step:,} tokens a step: micro-batch "
         f"{config.train.micro_batch_size} × accumulation {accumulation} × {world_size} rank(s)",
         f"steps          {steps:,} = {steps * per_step / 1e9:,.2f}B tokens"
         + (f" (train.tokens ends it before step {config.train.steps:,})" if steps < config.train.steps else ""),
-        f"annealing      {annealing.form}"
-        + ("" if annealing.form == "none" else f" over {annealing.steps:,} steps, {annealing.schedule}"),
+        "annealing      "
+        + (f"{annealing.form} over {annealing.steps:,} steps, {annealing.schedule}" if anneals else "none"),
         f"learning rate  {config.optimizer.lr:g}, {config.optimizer.schedule}, "
         f"warm-up {config.optimizer.warmup_steps:,}",
         f"ZeRO           stage {ds_config['zero_optimization']['stage']}"

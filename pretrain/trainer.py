@@ -5,274 +5,177 @@ stopped continues where its newest checkpoint stands.
 """
 
 import math
-import os
 import resource
-import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from common.errors import UserError
+from common.log import log
 
-from . import adapt, checkpoint
+from . import adapt, health
 from .config import RunConfig, total_steps
-from .data import StepData, TrainData, step_data
-from .diffusion import BUCKETS, annealed_width, annealing_progress, bucket_means, bucket_sums, loss_weights
-from .flops import peak_flops, step_flops, visible_share
-from .guards import Guard, Watchdog, write_incident
-from .model.visibility import Visibility
+from .data import TrainData
+from .flops import peak_flops, step_flops
+from .objectives import make_objective
 from .optimization import learning_rate, parameter_groups
-from .telemetry import Telemetry
-from .validation import references, validate
+from .runtime.checkpoint import find_checkpoint, save_checkpoint
+from .runtime.guards import Guard, write_incident
+from .runtime.metrics import MetricLogger, read_metrics
+from .runtime.resume import find_resume_checkpoint, load_checkpoint, offload_device, write_run
+from .runtime.stop import STOPPED, StopRequest
+from .runtime.watchdog import Watchdog
+from .step import Batch, read_step, train_step
+from .validation import validate
 
-STOPS = 2  # kinds of StopRequest
-STOPPED = 75  # exit code of a run that was asked to stop: the same command goes on
 
-
-def build_engine(config: RunConfig, base_config, mask_token_id: int, ds_config: dict):
+def build_engine(config: RunConfig, base_config: Any, mask_token_id: int | None, ds_config: dict) -> Any:
     """The adapted model under DeepSpeed; ZeRO-3 partitions it while it loads."""
     zero3 = ds_config["zero_optimization"]["stage"] == 3
-    keep = HfDeepSpeedConfig(ds_config) if zero3 else None  # from_pretrained looks for a living one
+    keep = HfDeepSpeedConfig(ds_config) if zero3 else None  # transformers keeps only a weak reference
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-    model = adapt.load_model(config.model, base_config, mask_token_id, dtype)
-    del keep
+    model = adapt.load_model(config.model, base_config, mask_token_id, dtype, seed=config.train.seed)
+    del keep  # not before the model is loaded
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model, config.optimizer.weight_decay),
+        model_parameters=parameter_groups(model, config.optimizer.weight_decay),  # type: ignore[arg-type]
         config=ds_config,
     )
     return engine
 
 
-def visibility_at(config: RunConfig, step: int, length: int) -> Visibility:
-    """The annealed attention of a step for rows of `length`: the same on all ranks and for all rows."""
-    annealing = config.annealing
-    progress = annealing_progress(step, annealing.steps, annealing.schedule, annealing.stages)
-    if annealing.form == "none" or progress >= 1:
-        return Visibility("full")
-    if annealing.form == "bernoulli":
-        return Visibility("bernoulli", progress, key=(config.train.seed, step))
-    return Visibility(annealing.form, progress, annealed_width(annealing.form, progress, length))
-
-
-def train_step(
-    engine,
-    config: RunConfig,
-    part: StepData,
-    step: int,
-    lr: float,
-    stop: "StopRequest | int" = 0,
-    watchdog: Watchdog | None = None,
-) -> dict[str, float]:
-    """One optimizer step on this rank's part of the global batch; returns metrics of the whole batch.
-
-    `stop` in the metrics is not 0 on all ranks when it is on any: they leave the loop together.
-    It is 2 where a signal asks for it, 1 where only the clock does. `update_skipped` is True, on all ranks, where a
-    loss or gradient anywhere was not finite: then parameters and optimizer are as before.
-    """
-    at = watchdog.at if watchdog else lambda step, phase: None
-    world, passes, device = dist.get_world_size(), len(part.batches), engine.device
-    by_masked = config.diffusion.normalize_by == "masked"
-    denominator = part.masked if by_masked else part.maskable
-    state = visibility_at(config, step, part.batches[0].xt.shape[1])
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
-    # sums of nll/t and nll; ranks by why they want to stop; nll and number of masked tokens by bucket of t
-    sums = torch.zeros(3 + STOPS + 2 * len(BUCKETS), dtype=torch.float64, device=device)
-    by_bucket = sums[3 + STOPS :].view(2, -1)
-    skipped = False
-    for number, batch in enumerate(part.batches, 1):
-        at(step, f"forward {number} of {passes}")
-        batch = batch.to(device)
-        output = engine(
-            input_ids=batch.xt,
-            labels=batch.labels,
-            # DeepSpeed averages over ranks and passes; the denominator is already the global batch's
-            loss_weights=loss_weights(batch.t, denominator) * (world * passes),
-            position_ids=batch.positions,
-            visibility=replace(state, documents=batch.documents),
-        )
-        at(step, f"backward {number} of {passes}")
-        value = output.loss.detach()
-        engine.backward(output.loss * (1 + (value - value)))  # a loss that is not finite gives such gradients
-        plain_norm = unpartitioned_norm(engine)
-        at(step, f"update after {number} of {passes}")
-        if math.isfinite(plain_norm):  # at the other stages DeepSpeed itself makes no update otherwise
-            engine.step()
-        else:
-            skipped = True
-            engine.optimizer.step = lambda: None
-            engine.step()
-            del engine.optimizer.step
-        nll = output.nll.double()
-        sums[:2] += torch.stack([(nll / batch.t).sum(), nll.sum()])
-        by_bucket += bucket_sums(nll, batch.t)
-    sums[2 + int(stop)] = 1
-    at(step, "metrics")
-    dist.all_reduce(sums)
-    weighted, unweighted, *stopping = sums[: 3 + STOPS].tolist()
-    return {
-        "loss": weighted / max(denominator, 1),
-        "masked_ce": unweighted / max(part.masked, 1),
-        "lr": lr,
-        "grad_norm": float(engine.get_global_grad_norm() or plain_norm),
-        "anneal_ratio": state.ratio,
-        **({"right_context": state.width} if state.form == "window" else {}),
-        **({"block_size": state.width} if state.form == "block" else {}),
-        **bucket_means(by_bucket, "masked_ce"),
-        "update_skipped": skipped or not engine.was_step_applied(),
-        "stop": max(why for why, ranks in enumerate(stopping) if ranks),
-    }
-
-
-def unpartitioned_norm(engine) -> float:
-    """Norm of the averaged gradients before clipping, which DeepSpeed does not report at stage 0 in fp32."""
-    if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
-        return 0.0
-    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
-
-
-def speed(engine, config: RunConfig, step: int, masked: int, length: int, seconds: float) -> dict[str, float]:
+def throughput(engine: Any, config: RunConfig, batch: Batch, length: int, seconds: float) -> dict[str, float]:
     """Tokens a second, also per rank, MFU where the device's peak is known, and the peak memory of rank 0."""
-    tokens, device = config.train.global_batch_size * length, engine.device
-    record = {"tokens_per_second": tokens / seconds}
-    record["tokens_per_second_per_gpu"] = record["tokens_per_second"] / dist.get_world_size()
-    peak = peak_flops(device)
+    tokens = config.train.global_batch_size * length
+    world_size = dist.get_world_size()
+    record = {"tokens_per_second": tokens / seconds, "tokens_per_second_per_gpu": tokens / seconds / world_size}
+    peak = peak_flops(engine.device)
     if peak:
-        state = visibility_at(config, step, length)
-        share = visible_share(state.form, state.ratio, state.width, length)
-        needed = step_flops(engine.module, tokens, masked, length, share)
-        record["mfu"] = needed / seconds / dist.get_world_size() / peak
-        record["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        share = batch.form.visible_share(length)
+        needed = step_flops(engine.module, tokens, batch.counts["labelled"], length, share)
+        record["mfu"] = needed / seconds / world_size / peak
+        record["peak_memory_gib"] = torch.cuda.max_memory_allocated(engine.device) / 2**30
     else:
         record["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return record
 
 
-def train(config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_config: dict) -> int:
-    """Run to the end, from the newest checkpoint if there is one. All ranks call it together.
-
-    Returns the exit code: STOPPED where a signal or the clock ended it before its last step, else 0. Raises
-    UserError where guards.max_skipped_in_a_row or guards.max_rollbacks end it.
-    """
-    return Trainer(config, base_config, tokenizer, mask_token_id, ds_config).run()
-
-
 class Trainer:
-    """One launch of a run. `done` counts finished steps; batches are the same as steps until a roll-back."""
+    """One launch of a run; all ranks make one together. `done` counts finished steps."""
 
-    def __init__(self, config: RunConfig, base_config, tokenizer, mask_token_id: int, ds_config: dict):
+    def __init__(self, config: RunConfig, base_config: Any, tokenizer: Any, mask_token_id: int | None, ds_config: dict):
         self.stop = StopRequest(config.train.max_minutes)
-        self.config, self.world, self.rank = config, dist.get_world_size(), dist.get_rank()
-        self.watchdog = Watchdog(config.run_dir, self.rank, self.world, config.guards.stall_minutes)
-        self.data = TrainData(
-            config.data.path,
-            mask_token_id,
-            seed=config.train.seed,
-            weights=config.data.weights,
-            isolated=config.data.isolate_documents,
-            eps=config.diffusion.eps,
-            times=config.diffusion.times,
-            global_batch=config.train.global_batch_size,
-        )
+        self.config = config
+        self.world_size = dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.watchdog = Watchdog(config.run_dir, self.rank, self.world_size, config.guards.stall_minutes)
+        self.objective = make_objective(config, mask_token_id)
+        self.data = TrainData(config.data.path, config.train.seed, config.data.weights, self.objective.repeats)
         self.steps = total_steps(config, self.data.seq_len)
         self.tokens_per_step = config.train.global_batch_size * self.data.seq_len
         self.saved = {
             "dtype": "bf16" if ds_config["bf16"]["enabled"] else "fp32",
             "corpus": config.data.path,
             "corpus_fingerprint": self.data.fingerprint,
-            "offload": checkpoint.offload_of(ds_config),
+            "offload": offload_device(ds_config),
         }
-        found = checkpoint.resumption(config, ds_config, self.data.fingerprint, say=self._say_plainly)
+        found = find_resume_checkpoint(config, ds_config, self.data.fingerprint)
         self.watchdog.at(0, "loading")
         self.engine = build_engine(config, base_config, mask_token_id, ds_config)
-        special = self.data.tokenizer["special_ids"]
-        self.engine.module.config.diffusion = {
-            "shift": True,
-            "eps": config.diffusion.eps,
-            "normalize_by": config.diffusion.normalize_by,
-            "start_token_id": special["bos"] if self.data.tokenizer["add_bos"] else special["eos"],
-        }
-        if self.rank == 0:
-            checkpoint.write_run(config, tokenizer, self.engine.module.config)
-        self.done = checkpoint.load(self.engine, found)
-        self.guard = Guard.restored(config.guards, found[1].get("guard") if found else None)
-        self.log = Telemetry(config, self.done, self.steps, enabled=self.rank == 0)
+        adapt.describe_model(self.engine.module.config, self.objective.shipped(self.data.tokenizer))
+        self.done = load_checkpoint(self.engine, found)
+        if self.rank == 0:  # not before the checkpoint fits: the folder stays as it was
+            write_run(config, tokenizer, self.engine.module.config)
+        state = found[1].get("guard") if found else None
+        self.guard = Guard.restored(config.guards, self.objective.reported.compared, state)
+        self.metrics = MetricLogger(config, self.done, self.steps, enabled=self.rank == 0)
         if self.done:
             how = "complete at" if self.done >= self.steps else "resuming from"
-            self.log.say(f"{config.run_dir}: {how} step {self.done} of {self.steps}")
+            log.info("%s: %s step %d of %d", config.run_dir, how, self.done, self.steps)
 
     def run(self) -> int:
+        """Train to the end; returns the exit code: STOPPED where a signal or the clock ended it before, else 0.
+
+        Raises UserError where guards.max_skipped_in_a_row or guards.max_rollbacks end it.
+        """
         if self.done == 0:
-            self.log.log({"step": 0, "tokens": 0, **self._validated(), **self._references()})
-        interval, stopping = self.config.train.exit_interval, 0
+            self.metrics.log({"step": 0, "tokens": 0, **self._validated(base=True)})
+        interval = self.config.train.exit_interval
         end = min(self.steps, self.done + interval) if interval else self.steps
+        stopping = 0
         with ThreadPoolExecutor(1) as reader:  # the next step's data are read while this one computes
             upcoming = self._read(reader)
             while self.done < end and not stopping:
                 self.watchdog.at(self.done, "data")
                 began = time.perf_counter()
-                part = upcoming.result()
+                batches = upcoming.result()
                 waited = time.perf_counter() - began
                 upcoming = self._read(reader, ahead=1)
                 lr = learning_rate(self.done, self.steps, self.config.optimizer)
-                metrics = train_step(self.engine, self.config, part, self.done, lr, self.stop, self.watchdog)
+                metrics = train_step(
+                    self.engine, self.objective, batches, lr, self.stop.requested,
+                    lambda phase: self.watchdog.at(self.done, phase),
+                )  # fmt: skip
                 stopping = metrics.pop("stop")
-                verdict = self.guard.judge(metrics)
+                verdict = self.guard.check(metrics)
                 seconds = time.perf_counter() - began
                 self.done += 1
                 if verdict == "spike" and self._rolled_back():
                     upcoming = self._read(reader)
                     continue
-                record = {"step": self.done, "tokens": self.done * self.tokens_per_step, **metrics}
-                record["skipped_steps"] = self.guard.skipped
-                record |= speed(self.engine, self.config, self.done - 1, part.masked, self.data.seq_len, seconds)
-                record |= {"step_seconds": seconds, "data_wait": waited / seconds}
-                every, by_clock = self.config.validation.every, stopping == StopRequest.CLOCK
-                if self.done == self.steps or by_clock or (every and self.done % every == 0):
-                    record |= self._validated()
-                self.log.log(record)
+                self._log(metrics, batches[0], seconds, waited, validates=stopping == StopRequest.CLOCK)
                 if verdict in ("skipped", "stop"):
-                    self._skipped(verdict)
+                    self._report_skipped(verdict)
                 self._save_if_due(last=self.done == end or bool(stopping))
-        if stopping and self.done < self.steps:
-            reason = self.stop.reason or "another rank"
-            self.log.say(f"{reason} asked to stop; saved step {self.done} of {self.steps}")
-        self.log.close()
-        self.watchdog.at(self.done, "waiting for the others to end")
-        dist.barrier()  # a launcher kills the others when one leaves with a code
-        self.watchdog.close()
+        self._finish(stopping)
         return STOPPED if stopping and self.done < self.steps else 0
 
-    def _read(self, reader: ThreadPoolExecutor, ahead: int = 0) -> Future:
-        """This rank's part of the batch of the step in hand, or of the one `ahead`."""
-        shape, batch = self.config.train, self.guard.batch(self.done + ahead)
+    def _read(self, reader: ThreadPoolExecutor, ahead: int = 0) -> Future[list[Batch]]:
+        """This rank's micro-batches of the step in hand, or of the one `ahead`."""
+        train = self.config.train
+        step = self.done + ahead
+        first = self.guard.batch(step) * train.global_batch_size
+        numbers = range(first, first + train.global_batch_size)
         return reader.submit(
-            step_data, self.data, batch, shape.global_batch_size, shape.micro_batch_size, self.rank, self.world
-        )
+            read_step, self.data, self.objective, step, numbers, self.rank, self.world_size,
+            train.micro_batch_size, self.config.data.isolate_documents,
+        )  # fmt: skip
 
-    def _validated(self) -> dict[str, float]:
-        self.watchdog.at(self.done, "validation")
-        v, micro = self.config.validation, self.config.train.micro_batch_size
-        return validate(self.engine, self.data, v.rows, v.times, micro, self.engine.device) if v.rows else {}
+    def _log(self, metrics: dict, batch: Batch, seconds: float, waited: float, validates: bool) -> None:
+        """Write the finished step's metrics, after a validation where one is due."""
+        record = {"step": self.done, "tokens": self.done * self.tokens_per_step, **metrics}
+        record["skipped_steps"] = self.guard.skipped
+        record |= throughput(self.engine, self.config, batch, self.data.seq_len, seconds)
+        record |= {"step_seconds": seconds, "data_wait": waited / seconds}
+        every = self.config.validation.every
+        if self.done == self.steps or validates or (every and self.done % every == 0):
+            record |= self._validated()
+        self.metrics.log(record)
 
-    def _references(self) -> dict[str, float]:
-        """What health is measured against."""
-        v, micro = self.config.validation, self.config.train.micro_batch_size
-        if not v.rows:
+    def _validated(self, base: bool = False) -> dict[str, float]:
+        """Held-out losses; at step 0 (`base`) also what they are compared with."""
+        rows = self.config.validation.rows
+        if not rows:
             return {}
-        found = references(self.engine, self.data, v.rows, micro, self.engine.device)
-        return {"uniform_ce": math.log(self.engine.module.config.vocab_size), **found}
+        self.watchdog.at(self.done, "validation")
+        found = validate(
+            self.engine, self.objective, self.data, rows, self.config.train.micro_batch_size,
+            self.config.data.isolate_documents, base and self.config.model.init == "base",
+        )  # fmt: skip
+        return found | ({"uniform_ce": math.log(self.engine.module.config.vocab_size)} if base else {})
 
     def _save_if_due(self, last: bool) -> None:
-        """Not while numbers look wrong: the checkpoints from before must stay. At the end of a launch always."""
+        """Save when due, but not during a spike or skipped steps, so that good checkpoints are not rotated out.
+
+        At the end of a launch always.
+        """
         c = self.config.checkpoint
-        if not c.keep or not (last or (self.guard.calm and c.every and self.done % c.every == 0)):
+        if not c.keep or not (last or (self.guard.stable and c.every and self.done % c.every == 0)):
             return
         self.watchdog.at(self.done, "checkpoint")
         position = (self.guard.batch(self.done - 1) + 1) * self.config.train.global_batch_size
@@ -282,85 +185,72 @@ class Trainer:
             "rows": self.data.consumed(position),
             "guard": self.guard.state(),
         }
-        checkpoint.save(self.engine, self.config, self.done, state)
+        save_checkpoint(self.engine, self.config.run_dir, c, self.done, state)
 
-    def _skipped(self, verdict: str) -> None:
+    def _report_skipped(self, verdict: str) -> None:
         """Say that the last step made no update; raise UserError where that has been so too often."""
+        run_dir = self.config.run_dir
         batch = self.guard.batch(self.done - 1)
-        self._incident("non-finite loss or gradient", batch, batch)
-        self.log.say(
-            f"warning: step {self.done} had a non-finite loss or gradient; no update was made "
-            f"({self.guard.skipped} in all), its samples are in {self.config.run_dir}/incidents.jsonl"
-        )
+        self._write_incident("non-finite loss or gradient", batch, batch)
+        log.warning(
+            "step %d had a non-finite loss or gradient; no update was made (%d in all), its rows are in "
+            "%s/incidents.jsonl", self.done, self.guard.skipped, run_dir,
+        )  # fmt: skip
         if verdict == "stop":
-            self.log.close()
+            self._conclude()
             raise UserError(
                 f"{self.guard.in_a_row} steps in a row had a non-finite loss or gradient, the last was step "
-                f"{self.done}; the checkpoints in {self.config.run_dir}/checkpoints are from before. Look at "
-                f"{self.config.run_dir}/incidents.jsonl; try a smaller optimizer.lr or more optimizer.warmup_steps"
+                f"{self.done}; the checkpoints in {run_dir}/checkpoints are from before. Look at "
+                f"{run_dir}/incidents.jsonl; try a smaller optimizer.lr or more optimizer.warmup_steps"
             )
 
     def _rolled_back(self) -> bool:
         """After a spike: whether the run was taken back to a checkpoint. Raises UserError where that was too often."""
-        guards, last = self.config.guards, self.done - 1
+        guards = self.config.guards
+        last = self.done - 1
         first = last - guards.spike_steps + 1
         batches = self.guard.batch(first), self.guard.batch(last)
-        self._incident("loss spike", *batches)
+        self._write_incident("loss spike", *batches)
         about = (
             f"steps {first + 1} to {self.done} have losses more than {guards.spike_factor:g} deviations above before"
         )
         if guards.on_spike == "warn":
-            self.log.say(f"warning: {about}; their samples are in {self.config.run_dir}/incidents.jsonl")
+            log.warning("%s; their rows are in %s/incidents.jsonl", about, self.config.run_dir)
             return False
         if self.guard.rollbacks >= guards.max_rollbacks:
-            self.log.close()
-            raise UserError(f"{about}, after guards.max_rollbacks={guards.max_rollbacks} roll-backs")
-        self.watchdog.at(self.done, "roll-back")
-        found = checkpoint.find(self.config.run_dir, at_most=first, world_size=self.world, say=self._say_plainly)
+            self._conclude()
+            raise UserError(f"{about}, after guards.max_rollbacks={guards.max_rollbacks} rollbacks")
+        self.watchdog.at(self.done, "rollback")
+        found = find_checkpoint(self.config.run_dir, at_most=first, world_size=self.world_size)
         if found is None:
-            self.log.say(f"warning: {about}, and there is no checkpoint from before to roll back to")
+            log.warning("%s, and there is no checkpoint from before to roll back to", about)
             return False
-        self.guard.leave_out(*batches)
-        self.done = checkpoint.load(self.engine, found)
-        self.log.rewind(self.done)
-        self.log.say(f"warning: {about}; back to step {self.done}, passing over batches {batches[0]} to {batches[1]}")
+        self.guard.skip_batches(*batches)
+        self.done = load_checkpoint(self.engine, found)
+        self.metrics.rewind(self.done)
+        log.warning("%s; back to step %d, passing over batches %d to %d", about, self.done, *batches)
         return True
 
-    def _incident(self, kind: str, first: int, last: int) -> None:
+    def _write_incident(self, kind: str, first: int, last: int) -> None:
         if self.rank == 0:
             size = self.config.train.global_batch_size
-            samples = [self.data.describe(n) for n in range(first * size, (last + 1) * size)]
-            write_incident(self.config.run_dir, kind, self.done, [first, last], samples)
+            rows = [self.data.describe(n) for n in range(first * size, (last + 1) * size)]
+            write_incident(self.config.run_dir, kind, self.done, [first, last], rows)
 
-    def _say_plainly(self, text: str) -> None:
+    def _finish(self, stopping: int) -> None:
+        """End the run, and all that goes on beside it, on every rank."""
+        if stopping and self.done < self.steps:
+            reason = self.stop.reason or "another rank"
+            log.info("%s asked to stop; saved step %d of %d", reason, self.done, self.steps)
+        self._conclude()
+        self.watchdog.at(self.done, "waiting for the others to end")
+        dist.barrier()  # a launcher kills the others when one leaves with a code
+        self.watchdog.close()
+
+    def _conclude(self) -> None:
+        """Close the metrics, and give the verdict on them."""
+        self.metrics.close()
         if self.rank == 0:
-            print(text, flush=True)
-
-
-class StopRequest:
-    """SIGTERM, SIGUSR1 or the clock ask for a stop after the step in hand; a second signal stops at once.
-
-    A signal within seconds of the first belongs to it: a scheduler signals the processes and their parents,
-    which pass it on.
-    """
-
-    CLOCK, SIGNAL = 1, 2
-    SAME = 2.0  # seconds
-
-    def __init__(self, max_minutes: float):
-        self.reason = ""
-        self._deadline = time.monotonic() + max_minutes * 60 if max_minutes else float("inf")
-        self._first = float("inf")  # when the first signal came
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._received)
-
-    def _received(self, number: int, frame) -> None:
-        if time.monotonic() - self._first > self.SAME:
-            os._exit(128 + number)
-        self._first = min(self._first, time.monotonic())
-        self.reason = signal.Signals(number).name
-
-    def __int__(self) -> int:
-        if not self.reason and time.monotonic() > self._deadline:
-            self.reason = "train.max_minutes"
-        return 0 if not self.reason else self.CLOCK if self.reason == "train.max_minutes" else self.SIGNAL
+            found = read_metrics(self.config.run_dir)
+            warmup = self.config.optimizer.warmup_steps
+            log.info("%s", health.assess(found, self.steps, warmup, self.objective.reported))

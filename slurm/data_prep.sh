@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Documents to shards on many nodes:  TASKS=64 sbatch slurm/data_prep.sh CONFIG.yaml [key=value ...]
 #
-# This job finds duplicates if the configuration asks for it, then submits an array of TASKS jobs, each
-# of which makes its share of the work, and a last one that writes the manifest when all have succeeded.
-# A share that was killed or requeued goes on where it stopped. Submit the same line again to make what
-# is missing. More for each share, such as memory or a partition:  SHARE_OPTIONS="--mem=64G --partition=cpu"
+# This job finds duplicates if the configuration asks for it. Then it submits an array of TASKS jobs, each of
+# which makes its share of the work, and a last job that writes the manifest when all of them have succeeded.
+# A share that is killed or requeued continues where it stopped. To make what is missing, submit the same line
+# again. Options for each share, such as memory or a partition:  SHARE_OPTIONS="--mem=64G --partition=cpu"
 #SBATCH --job-name=data_prep
 #SBATCH --output=slurm-%x-%A_%a.out
 #SBATCH --nodes=1

@@ -1,19 +1,14 @@
-"""Small real things for tests: a trained tokenizer, models of four families, a corpus, a launcher."""
+"""Small real things for tests: a trained tokenizer, models of four families, a corpus, a run of seconds."""
 
-import hashlib
 import json
 import os
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import TALES, VOCABULARY, tiny_config
+from hypothesis import settings
 from slurm_cluster import cluster  # noqa: F401, a fixture
-
-from data_prep.config import PrepareConfig, SourceConfig
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,14 +16,12 @@ os.environ.setdefault("WANDB_MODE", "offline")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
-ROOT = Path(__file__).resolve().parents[1]
-TALES = ROOT / "data_prep" / "demo" / "tales.jsonl"
-SHARED = ROOT.parent / "shared"
-VOCABULARY = 384
-
+# The same examples in every run, however slow the machine; a failure prints how to repeat it.
+settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("fixed")
 
 # Files that take longest begin first, so that both workers of `make test` end together.
-SLOWEST = ("test_resume.py", "test_training.py", "test_guards.py", "test_train.py", "test_export.py", "test_faults.py")
+SLOWEST = ("test_resume.py", "test_faults.py", "test_train.py", "test_training.py", "test_export.py", "test_guards.py")
 
 
 @pytest.fixture(autouse=True)
@@ -42,18 +35,6 @@ def restored_environment():
 
 def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
-
-
-def config(folder: Path, tokenizer_dir: Path, paths: list[Path], **settings) -> PrepareConfig:
-    """One source `s` of these files, prepared into folder/out."""
-    source = SourceConfig("s", [str(path) for path in paths])
-    return PrepareConfig([source], str(tokenizer_dir), output_dir=str(folder / "out"), **{"seq_len": 64, **settings})
-
-
-def digest(folder: Path) -> dict[str, str]:
-    """sha256 of every file in it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="session")
@@ -87,31 +68,6 @@ def tokenizer(tokenizer_dir):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tokenizer_dir)
-
-
-def tiny_config(family: str, vocabulary: int = VOCABULARY):
-    from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
-
-    special = {"bos_token_id": 1, "eos_token_id": 0}
-    grouped = {
-        "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        **special,
-    }
-    return {
-        "llama": lambda: LlamaConfig(**grouped, tie_word_embeddings=False),
-        "llama_tied": lambda: LlamaConfig(**grouped, tie_word_embeddings=True),
-        "qwen3": lambda: Qwen3Config(**grouped, head_dim=16),
-        "mistral": lambda: MistralConfig(**grouped, sliding_window=None),
-        "gpt2": lambda: GPT2Config(
-            vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=256, **special
-        ),
-    }[family]()  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -161,73 +117,6 @@ def corpus_dir(tmp_path_factory, tokenizer_dir, tales) -> Path:
     )
     prepare(config, progress=False)
     return folder / "shards"
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-def launch(
-    ranks: int, arguments: list[str], cwd: Path = ROOT, launcher: str = "processes", timeout: int = 300
-) -> subprocess.CompletedProcess:
-    """Run a script on `ranks` CPU processes of one thread; returns its outcome.
-
-    `launcher` is torchrun, deepspeed, or "processes": as srun starts them, without a launcher's own time.
-    """
-    binary = Path(sys.executable)
-    if launcher == "processes":
-        return _processes(ranks, arguments, cwd, timeout)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    if launcher == "deepspeed":
-        command = [str(binary.with_name("deepspeed")), "--num_accelerators", str(ranks), "--master_port", _port()]
-    else:
-        command = [str(binary), "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", _port()]
-    return subprocess.run(
-        [*command, *arguments], cwd=cwd, env=environment, timeout=timeout, text=True, capture_output=True, check=False
-    )
-
-
-def start(ranks: int, arguments: list[str], folder: Path, cwd: Path = ROOT) -> list[subprocess.Popen]:
-    """One process a rank, as srun starts them; their output goes to folder/out.RANK and folder/err.RANK."""
-    port, started = _port(), []
-    common = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    common |= {"TORCHDYNAMO_DISABLE": "1"}  # DeepSpeed would import the compiler, for a second, for an unused optimizer
-    for rank in range(ranks):
-        environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with open(folder / f"out.{rank}", "wb") as out, open(folder / f"err.{rank}", "wb") as err:
-            command = [sys.executable, *arguments]
-            started.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=out, stderr=err))
-    return started
-
-
-def _processes(ranks: int, arguments: list[str], cwd: Path, timeout: int) -> subprocess.CompletedProcess:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        started = start(ranks, arguments, folder, cwd)
-        deadline = time.monotonic() + timeout
-        while any(process.poll() is None for process in started) and time.monotonic() < deadline:
-            if any(process.returncode for process in started):  # one failed: the others may wait for it for ever
-                deadline = min(deadline, time.monotonic() + 30)
-            time.sleep(0.02)
-        for process in started:
-            process.kill()
-            process.wait()
-        out, err = (
-            "".join((folder / f"{kind}.{rank}").read_text(errors="replace") for rank in range(ranks))
-            for kind in ("out", "err")
-        )
-    code = next((process.returncode for process in started if process.returncode), 0)
-    return subprocess.CompletedProcess(arguments, code, out, err)
-
-
-def _port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

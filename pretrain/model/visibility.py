@@ -1,83 +1,43 @@
-"""Who sees whom in a packed row: annealing state × documents. The one description that all backends obey."""
+"""Who sees whom in a packed row: a form of visibility and the documents. Every attention backend obeys it."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
 import torch
 
-Form = Literal["full", "causal", "bernoulli", "window", "block"]
+from .forms import Form, Full, numbers_of
 
 
 @dataclass(frozen=True)
 class Visibility:
     """Which positions each position attends to.
 
-    `full` is bidirectional, `causal` is the AR model's. Between the two, all of the past and
-    `bernoulli`: each future position with probability `ratio`, independently, by a hash of
-    (key, i, j), the same for all layers, heads and ranks of a step (the paper's annealing);
-    `window`: the next `width` positions; 0 is causal, the row's length full;
-    `block`: the rest of the own block of `width` positions; 1 is causal, the row's length full.
-
-    `documents` (B, L) numbers the document of each token; positions of different documents do not see
-    each other, and i and j are counted from the document's start, so that a packed document is treated as
-    if it were alone. None: one document a row.
+    `documents` (B, L) numbers the document of each token. Positions of different documents do not see each
+    other, and the form counts i and j from the document's start, so a packed document is treated as if it
+    stood alone. None: one document a row.
     """
 
-    form: Form = "full"
-    ratio: float = 1.0
-    width: int = 0  # positions
-    key: tuple[int, int] = (0, 0)  # (seed, step)
+    form: Form = field(default_factory=Full)
     documents: torch.Tensor | None = None
 
     def simplified(self, length: int) -> "Visibility":
-        """The same visibility as `full` or `causal` where it is one of them for rows of `length`."""
-        first = 1 if self.form == "block" else 0  # the width that is causal
-        shows_all = self.width >= length - 1 + first if self.form in ("window", "block") else self.ratio >= 1
-        shows_none = self.width <= first if self.form in ("window", "block") else self.ratio <= 0
-        if self.form in ("full", "causal") or not (shows_all or shows_none):
-            return self
-        return Visibility("full" if shows_all else "causal", documents=self.documents)
-
-    def sees(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        """Bool of i's and j's broadcast shape: does position i see position j, by form alone."""
-        return sees(self.form, i, j, self.ratio, self.width, self.key)
+        """The same visibility, with the form `Full` or `Causal` where it is one of them for rows of `length`."""
+        return replace(self, form=self.form.simplified(length))
 
     def dense(self, length: int, device: torch.device | str) -> torch.Tensor | None:
         """(1 or B, 1, L, L) bool, True where visible; None when every position sees every other."""
         if self.documents is None:
+            if isinstance(self.form, Full):
+                return None
             position = torch.arange(length, device=device)
-            return None if self.form == "full" else self.sees(position[:, None], position[None, :])[None, None]
+            return self._mask(position[:, None], position[None, :])[None, None]
         same = self.documents[:, None, :, None] == self.documents[:, None, None, :]
-        if self.form == "full":
+        if isinstance(self.form, Full):
             return same
         position = positions(self.documents)
-        return same & self.sees(position[:, None, :, None], position[:, None, None, :])
+        return same & self._mask(position[:, None, :, None], position[:, None, None, :])
 
-
-def sees(form: Form, i, j, ratio, width, key) -> torch.Tensor:
-    """As `Visibility.sees`; `ratio`, `width` and the two words of `key` may be tensors, for compiled kernels."""
-    if form == "full":
-        return (i + j) >= 0
-    if form == "window":
-        return j <= i + width
-    if form == "block":
-        return j // width <= i // width
-    past = j <= i
-    return past if form == "causal" else past | (hashed_uniform(key, i, j) < ratio)
-
-
-def hashed_uniform(key: tuple, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    """Uniform floats in [0, 1), a pure function of (key, i, j) on any device; i, j int64 below 2^31.
-
-    Rounds of the MurmurHash3 finaliser on 32-bit words, after each of the inputs is mixed in.
-    """
-    state = (i + j) * 0
-    for word in (key[0] & 0xFFFFFFFF, key[0] >> 32 & 0xFFFFFFFF, key[1] & 0xFFFFFFFF, i, j):
-        state = ((state ^ word) + 0x9E3779B9) & 0xFFFFFFFF
-        state = ((state ^ (state >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-        state = ((state ^ (state >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-        state = state ^ (state >> 16)
-    return (state >> 8).to(torch.float32) * 2.0**-24
+    def _mask(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return self.form.mask_mod(i, j, *numbers_of(self.form))
 
 
 def starts(documents: torch.Tensor) -> torch.Tensor:
@@ -102,7 +62,7 @@ class Segments:
 
     @classmethod
     def of(cls, visibility: Visibility, batch: int, length: int, device: torch.device) -> "Segments":
-        """Rows are documents where `visibility.documents` is None."""
+        """The segments of a batch of `batch` rows; a row is one document where `visibility.documents` is None."""
         if visibility.documents is None:
             return cls(torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device), length)
         begin = starts(visibility.documents).flatten().nonzero().flatten()

@@ -1,5 +1,7 @@
+import glob
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data_prep import documents
+from data_prep import documents, work_list
 from data_prep.config import SourceConfig
 
 TEXTS = ["one", "zwei\nLinien", "trois é", "four 四"]
@@ -21,7 +23,7 @@ FORMATS = ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "strea
 
 def read_all(paths: list[Path], unit_bytes: int = 1 << 20, **settings) -> tuple[list[str], documents.Tally]:
     tally, source = documents.Tally(), SourceConfig("s", [str(p) for p in paths], **settings)
-    return [text for unit in documents.units(source, unit_bytes) for text in documents.read(unit, source, tally)], tally
+    return [text for unit in work_list.units(source, unit_bytes) for text in documents.read(unit, source, tally)], tally
 
 
 def write(folder: Path, name: str) -> Path:
@@ -49,20 +51,20 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_filters_and_minimum_length(tmp_path, name):
+def test_filters_and_minimum_length_drop_documents_and_count_them(tmp_path, name):
     texts, tally = read_all([write(tmp_path, name)], filters={"lang": ["en", "fr"]}, min_characters=5)
     assert texts == ["trois é", "four 四"]
     assert tally.filtered == {"shorter than 5 characters": 1, "lang is not wanted": 1} and not tally.bad
 
 
-def test_filters_descend_into_records(tmp_path):
+def test_a_dotted_filter_looks_into_nested_records(tmp_path):
     lines = [{"text": "a", "meta": {"licence": "MIT"}}, {"text": "b", "meta": {"licence": "GPL"}}, {"text": "c"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     texts, tally = read_all([tmp_path / "a.jsonl"], filters={"meta.licence": ["MIT"]})
     assert texts == ["a"] and tally.filtered == {"meta.licence is not wanted": 2}
 
 
-def test_folders_lists_globs_and_urls(tmp_path):
+def test_a_folder_a_list_a_glob_and_a_url_give_the_same_documents(tmp_path):
     for name in ("b/2.jsonl", "b/1.jsonl.gz", "b/README.md", "b/deep/3.parquet"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path, name)
@@ -76,15 +78,15 @@ def test_folders_lists_globs_and_urls(tmp_path):
         assert read_all([url], unit_bytes=50)[0] == TEXTS
 
 
-def test_a_saved_hugging_face_dataset(tmp_path):
+def test_a_saved_hugging_face_dataset_is_read_without_its_json_files(tmp_path):
     import datasets
 
     datasets.Dataset.from_dict({"text": TEXTS, "n": range(4)}).save_to_disk(tmp_path / "saved", num_shards=2)
     assert read_all([tmp_path / "saved"]) == (TEXTS, documents.Tally())
 
 
-def test_an_object_store():
-    """Through fsspec's in-memory file system, which needs no network."""
+def test_a_glob_on_a_remote_file_system_is_read():
+    """With fsspec's in-memory file system, which needs no network."""
     import fsspec
 
     with fsspec.open("memory://bucket/a.jsonl.gz", "wb") as file:
@@ -92,6 +94,69 @@ def test_an_object_store():
     assert read_all(["memory://bucket/*.gz"])[0] == TEXTS
     with pytest.raises(UserError, match="nothing"):
         read_all(["memory://bucket/nothing.jsonl"])
+
+
+def names_of(*paths: str) -> list[str]:
+    """The files of a source with these paths, in the order of its work list."""
+    return work_list.expand(SourceConfig("s", list(paths)))
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Path:
+    """The working folder: `data` with hidden files and links, and a second folder that it links to."""
+    for name in ("data/b.jsonl", "data/a.jsonl.gz", "data/.hidden.jsonl", "data/.dot/c.jsonl", "data/deep [1]/d.txt",
+                 "data/README.md", "data/state.json", "elsewhere/e.jsonl"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(JSONL)
+    (tmp_path / "data" / "link.jsonl").symlink_to("b.jsonl")
+    (tmp_path / "data" / "broken.jsonl").symlink_to("nowhere.jsonl")
+    (tmp_path / "data" / "linked").symlink_to("../elsewhere")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", ["data", "./data", "data/", "data/.", "elsewhere/../data"])
+def test_a_folder_gives_what_python_lists_sorted_and_as_relative_as_it_was_named(tree, path):
+    """Hidden files and links to files included; linked folders, broken links and other kinds not."""
+    expected = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.suffix not in (".md", ".json"))
+    assert names_of(path) == expected
+    assert [os.path.basename(p) for p in expected] == [
+        "c.jsonl", ".hidden.jsonl", "a.jsonl.gz", "b.jsonl", "d.txt", "link.jsonl",
+    ]  # fmt: skip
+    absolute = names_of(str(tree / "data"))
+    assert absolute == [str(tree / "data" / Path(p).relative_to(Path(path))) for p in expected]
+
+
+@pytest.mark.parametrize("pattern", ["data/*.jsonl", "./data/**/*.jsonl", "data/*/*.jsonl", "data/.*", "data/[a-b]*"])
+def test_a_pattern_gives_what_pythons_glob_gives(tree, pattern):
+    """No hidden files unless named, and linked folders are entered."""
+    assert names_of(pattern) == sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+
+
+def test_a_file_keeps_the_path_that_the_user_wrote(tree):
+    for path in ("data/b.jsonl", "./data/b.jsonl", "data/link.jsonl", str(tree / "data" / "b.jsonl")):
+        (unit,) = work_list.units(SourceConfig("s", [path]), 1 << 20)
+        assert unit.files == (path,)
+    assert names_of("data/deep [1]") == ["data/deep [1]/d.txt"]
+
+
+@pytest.mark.parametrize(
+    "path", ["", "data/broken.jsonl", "data/none.jsonl", "data/b.jsonl/", "none/*", "elsewhere/*.gz"]
+)
+def test_a_path_without_files_is_an_error_that_names_it(tree, path):
+    with pytest.raises(UserError, match=f"no file matches '{path.replace('*', '[*]')}'"):
+        names_of(path)
+
+
+def test_the_work_list_depends_on_the_files_content_and_not_on_their_folder(tree, tmp_path):
+    """The same files elsewhere, named by a URL or absolutely, are the same units."""
+    here = [work_list.unit_key(unit) for unit in work_list.units(SourceConfig("s", ["data/deep [1]", "elsewhere"]), 60)]
+    urls = [str(tree / "data" / "deep [1]"), f"file://{tree}/elsewhere/e.jsonl"]
+    there = [work_list.unit_key(unit) for unit in work_list.units(SourceConfig("s", urls), 60)]
+    assert here == there and len(here) == 1 + -(-len(JSONL) // 60)
+    (tree / "elsewhere" / "e.jsonl").write_bytes(JSONL.replace(b"one", b"two"))
+    changed = [work_list.unit_key(unit) for unit in work_list.units(SourceConfig("s", urls), 60)]
+    assert changed[0] == here[0] and all(a["fingerprint"] != b["fingerprint"] for a, b in zip(changed[1:], here[1:]))
 
 
 def test_text_files_are_one_document_each(tmp_path):
@@ -143,7 +208,7 @@ def test_a_truncated_file_is_counted_and_named(tmp_path, name):
     assert len(tally.damaged) == 1 and tally.damaged[0].startswith(str(path))
 
 
-def test_errors_name_what_is_wrong(tmp_path):
+def test_errors_name_the_path_or_column_that_is_wrong(tmp_path):
     with pytest.raises(UserError, match=r"no file matches .*nothing\.jsonl"):
         read_all([tmp_path / "nothing.jsonl"])
     (tmp_path / "a.docx").write_text("x")

@@ -1,24 +1,27 @@
-"""Documents far larger than a row are read and tokenised in parts; nothing else about them changes."""
+"""Very long documents are read and tokenized in parts, which changes neither their ids nor their rows."""
 
 import gzip
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SHARED, config, digest, write_jsonl
+from corpora import varied_documents
+from helpers import ROOT, SHARED, config, digest, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.config import save_config
-from data_prep import documents, tokenizing, unit
+from data_prep import documents, tokenizing, worker
 from data_prep.prepare import prepare
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 @pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
-def test_in_parts_gives_the_same_bytes(tokenizer_dir, tales, tmp_path, monkeypatch, packing, kind):
+def test_a_document_read_and_tokenized_in_parts_gives_the_same_bytes(
+    tokenizer_dir, tales, tmp_path, monkeypatch, packing, kind
+):
     path = tmp_path / f"book.{kind}"
-    book = "\n\n".join(tales[:60])
+    book = "\n\n".join([*tales[:40], *varied_documents(40_000, seed=1)])
     if kind == "jsonl":
         write_jsonl(path, [tales[70], book, tales[71], *tales[72:80]])
     else:
@@ -30,10 +33,10 @@ def test_in_parts_gives_the_same_bytes(tokenizer_dir, tales, tmp_path, monkeypat
         return digest(tmp_path / name / "out")
 
     whole = made("whole")
-    for name, size in (("LONG", 5_000), ("BLOCK", 999)):
+    for name, size in (("LONG_FILE_BYTES", 5_000), ("BLOCK_BYTES", 999)):
         monkeypatch.setattr(documents, name, size)
-    monkeypatch.setattr(unit, "LONG_CHARACTERS", 5_000)
-    monkeypatch.setattr(unit, "BATCH_CHARACTERS", 1_000)
+    monkeypatch.setattr(worker, "LONG_CHARACTERS", 5_000)
+    monkeypatch.setattr(worker, "BATCH_CHARACTERS", 1_000)
     parts = []
     inner = tokenizing.cut_text
     monkeypatch.setattr(tokenizing, "cut_text", lambda *a: parts.append(list(inner(*a))) or iter(parts[-1]))
@@ -41,8 +44,8 @@ def test_in_parts_gives_the_same_bytes(tokenizer_dir, tales, tmp_path, monkeypat
     assert len(parts[-1]) > 30 and max(map(len, parts[-1])) < 3_000
 
 
-def test_a_long_file_that_is_not_utf8_is_counted(tokenizer_dir, tales, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "LONG", 5_000)
+def test_a_long_file_that_is_not_utf8_is_counted_as_bad(tokenizer_dir, tales, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "LONG_FILE_BYTES", 5_000)
     (tmp_path / "good.txt").write_text("\n".join(tales[:30]))
     (tmp_path / "bad.txt").write_bytes("\n".join(tales[:30]).encode() + b"\xff")
     (tmp_path / "cut.txt").write_bytes("\n".join(tales[:30]).encode() + "é".encode()[:1])
@@ -53,35 +56,45 @@ def test_a_long_file_that_is_not_utf8_is_counted(tokenizer_dir, tales, tmp_path,
 
 
 TOKENIZERS = [
-    pytest.param(name, marks=pytest.mark.skipif(not SHARED.exists(), reason="the real tokenizers are not here"))
+    pytest.param(
+        name,
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(not SHARED.exists(), reason="the real tokenizers are not in ../shared"),
+        ],
+    )
     for name in ("gpt2", "llama2")
 ]
 
 
 @pytest.mark.parametrize("name", ["small", *TOKENIZERS])
-def test_parts_have_the_ids_of_the_whole(name, tokenizer_dir, tales):
+def test_a_text_cut_in_parts_has_the_ids_of_the_whole(name, tokenizer_dir, tales):
     folder = tokenizer_dir if name == "small" else SHARED / "data" / "tokenizers" / name
-    recipe = tokenizing.recipe_of(tokenizing.load_tokenizer(str(folder)))
-    cut, reference = tokenizing.find_cut(recipe), tokenizing.Reference(recipe)
-    assert cut is not None
-    pieces = st.one_of(st.sampled_from(tales).map(lambda t: t[:400]), st.sampled_from(tokenizing.battery(recipe, 300)))
+    spec = tokenizing.spec_of(tokenizing.load_tokenizer(str(folder)))
+    pattern = tokenizing.find_cut_pattern(spec)
+    reference = tokenizing.Reference(spec)
+    assert pattern is not None
+    documents = [*tales, *varied_documents(100_000, seed=2)]
+    pieces = st.one_of(
+        st.sampled_from(documents).map(lambda t: t[:400]), st.sampled_from(tokenizing.adversarial_texts(spec, 300))
+    )
     texts = st.lists(pieces, max_size=8).map("\n".join).map(lambda t: t[:3_000])
 
     @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
     @given(texts, st.integers(1, 200), st.integers(1, 50))
     def check(text, size, block):
         blocks = (text[i : i + block] for i in range(0, len(text), block))
-        parts = list(tokenizing.cut_text(blocks, cut, size))
+        parts = list(tokenizing.cut_text(blocks, pattern, size))
         assert all(len(part) >= size for part in parts[:-1])
         assert reference.encode(parts)[0].tolist() == reference.encode([text])[0].tolist()
 
     check()
 
 
-def test_a_tokenizer_whose_tokens_cross_words_is_not_cut(tokenizer):
+def test_texts_stay_whole_for_a_tokenizer_with_tokens_across_words(tokenizer):
     tokenizer = tokenizing.load_tokenizer(tokenizer.name_or_path)
     tokenizer.add_tokens(["new\nline", "a space"])
-    assert tokenizing.find_cut(tokenizing.recipe_of(tokenizer)) is None
+    assert tokenizing.find_cut_pattern(tokenizing.spec_of(tokenizer)) is None
     assert list(tokenizing.cut_text(iter(["a b\nc", "d e"]), None, 2)) == ["a b\ncd e"]
 
 
@@ -93,8 +106,9 @@ print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if
 """
 
 
-def test_memory_does_not_grow_with_the_document(tokenizer_dir, tales, tmp_path):
-    """One text file of 100 MB, then one of 250 MB: held whole, its text and ids would take 600 MB more."""
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_document(tokenizer_dir, tales, tmp_path):
+    """A text file of 250 MB peaks like one of 100 MB; its whole text and ids would take 600 MB more."""
     peaks = []
     for megabytes in (100, 250):
         folder = tmp_path / str(megabytes)
@@ -107,7 +121,7 @@ def test_memory_does_not_grow_with_the_document(tokenizer_dir, tales, tmp_path):
             config(folder, tokenizer_dir, [folder / "long.txt"], num_workers=1, seq_len=512), folder / "config.yaml"
         )
         command = [sys.executable, "-c", PEAK, str(folder / "config.yaml")]
-        outcome = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+        outcome = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, timeout=300)
         assert outcome.returncode == 0, outcome.stderr
         peaks.append(int(outcome.stdout.split()[-1]))
     assert peaks[1] - peaks[0] < 75, peaks

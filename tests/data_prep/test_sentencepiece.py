@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import config
+from helpers import config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,11 +33,11 @@ def model_dir(tmp_path_factory, tales):
     return folder
 
 
-def test_ids_are_the_tokenizers_and_sentencepieces_own(model_dir, tales):
+def test_ids_are_those_of_transformers_and_of_sentencepiece(model_dir, tales):
     own = sentencepiece.SentencePieceProcessor(model_file=str(model_dir / "tokenizer.model"))
     tokenizer = tokenizing.load_tokenizer(str(model_dir))
-    recipe = tokenizing.recipe_of(tokenizer)
-    engine, _ = tokenizing.make_engine(recipe, "auto", tales[:20])
+    spec = tokenizing.spec_of(tokenizer)
+    engine, _ = tokenizing.select_engine(spec, "auto", tales[:20])
     words = st.sampled_from(["the", " fox", "  ", "\n", "9", "é", "日本", "\t", "“I", "<unk", "def f(x):"])
     texts = st.lists(st.one_of(words, st.sampled_from(tales).map(lambda t: t[:300])), min_size=1).map("".join)
 
@@ -46,20 +46,20 @@ def test_ids_are_the_tokenizers_and_sentencepieces_own(model_dir, tales):
     def check(text):
         found = engine.encode([text])[0].tolist()
         assert found == tokenizer.encode(text, add_special_tokens=False)
-        if not text.startswith(" "):  # transformers adds no second space there, sentencepiece does
+        if not text.startswith(" "):  # sentencepiece adds a second space there, transformers does not
             assert found == own.encode(text)
 
     check()
 
 
-def test_a_corpus_is_made_with_it(model_dir, tales, tmp_path):
+def test_a_corpus_holds_sentencepieces_ids_between_bos_and_eos(model_dir, tales, tmp_path):
     for i, tale in enumerate(tales[:20]):
         (tmp_path / f"{i:02d}.txt").write_text(tale)
     settings = config(
         tmp_path, model_dir, [tmp_path / f"{i:02d}.txt" for i in range(20)], validation_fraction=0, add_bos=True
     )
     manifest = prepare(settings, progress=False)
-    rows = shards.Rows(tmp_path / "out", manifest.sources[0].train)
+    rows = shards.ShardedRows(tmp_path / "out", manifest.sources[0].train)
     found = np.concatenate([rows.row(i)[0] for i in range(len(rows))])
     own = sentencepiece.SentencePieceProcessor(model_file=str(model_dir / "tokenizer.model"))
     expected = np.concatenate([[1, *own.encode(tale), 2] for tale in tales[:20]])

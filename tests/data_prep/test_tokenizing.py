@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import SHARED
+from helpers import SHARED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,19 +19,19 @@ def rows(encoded: tokenizing.Encoded) -> list[list[int]]:
     return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(lengths) else []
 
 
-@pytest.mark.parametrize("engine", ["tokenizers", "gigatoken"])
+@pytest.mark.parametrize("engine", ["tokenizers", pytest.param("gigatoken", marks=pytest.mark.slow)])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(documents)
-def test_ids_are_those_of_encode(tokenizer, engine, texts):
+def test_each_engine_gives_the_ids_of_encode(tokenizer, engine, texts):
     if engine == "gigatoken":
         pytest.importorskip("gigatoken", reason="gigatoken-cachefix is not installed")
-    encoder, _ = tokenizing.make_engine(tokenizing.recipe_of(tokenizer), engine, [])
+    encoder, _ = tokenizing.select_engine(tokenizing.spec_of(tokenizer), engine, [])
     assert rows(encoder.encode(texts)) == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
 @pytest.fixture(scope="session")
 def lacking(tokenizer):
-    """The tokenizer without tokens for three bytes, as SmolLM2's lacks some: `tokenizers` drops them silently."""
+    """The tokenizer without tokens for three bytes. SmolLM2's lacks some too; `tokenizers` drops them silently."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -45,18 +45,20 @@ def lacking(tokenizer):
 @given(st.lists(st.sampled_from(["th", "e", "\x04", "\x1d", "\U00040000", " the", "é", "\n"]), max_size=8).map("".join))
 def test_bytes_without_a_token_are_dropped_as_the_reference_drops_them(lacking, text):
     pytest.importorskip("gigatoken", reason="gigatoken-cachefix is not installed")
-    recipe = tokenizing.recipe_of(lacking)
-    engine, reference = tokenizing.Gigatoken(recipe), tokenizing.Reference(recipe)
+    spec = tokenizing.spec_of(lacking)
+    engine = tokenizing.Gigatoken(spec)
+    reference = tokenizing.Reference(spec)
     assert rows(engine.encode(["the", text, ""])) == rows(reference.encode(["the", text, ""]))
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the real GPT-2 and LLaMA-2 tokenizers are not here")
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.exists(), reason="the real GPT-2 and LLaMA-2 tokenizers are not in ../shared")
 @pytest.mark.parametrize("name", ["gpt2", "llama2"])
-def test_real_tokenizers(name, tales):
+def test_the_selected_engine_gives_the_ids_of_the_real_tokenizers(name, tales):
     tokenizer = tokenizing.load_tokenizer(str(SHARED / "data" / "tokenizers" / name))
-    recipe = tokenizing.recipe_of(tokenizer)
-    engine, why = tokenizing.make_engine(recipe, "auto", tales[:50])
-    texts = [*tales[::10], "\n\n".join(tales), *tokenizing.battery(recipe, 200)]  # a long document among them
+    spec = tokenizing.spec_of(tokenizer)
+    engine, why = tokenizing.select_engine(spec, "auto", tales[:50])
+    texts = [*tales[::10], "\n\n".join(tales), *tokenizing.adversarial_texts(spec, 200)]  # a long document among them
     assert rows(engine.encode(texts)) == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     try:
         import gigatoken  # noqa: F401
@@ -66,27 +68,27 @@ def test_real_tokenizers(name, tales):
         assert engine.name == "gigatoken"
 
 
-def test_an_engine_that_differs_is_not_used(tokenizer, monkeypatch):
+def test_an_engine_with_other_ids_is_not_selected(tokenizer, monkeypatch):
     class Wrong(tokenizing.Reference):
         name, version = "gigatoken", "0"
 
-        def __init__(self, recipe, parallel):
-            super().__init__(recipe)
-            self.reference = tokenizing.Reference(recipe)
+        def __init__(self, spec, parallel):
+            super().__init__(spec)
+            self.reference = tokenizing.Reference(spec)
 
         def encode(self, texts):
             ids, lengths = super().encode(texts)
             return np.where(ids == 50, 51, ids), lengths
 
     monkeypatch.setattr(tokenizing, "Gigatoken", Wrong)
-    recipe = tokenizing.recipe_of(tokenizer)
-    engine, why = tokenizing.make_engine(recipe, "auto", ["plain text"])
+    spec = tokenizing.spec_of(tokenizer)
+    engine, why = tokenizing.select_engine(spec, "auto", ["plain text"])
     assert engine.name == "tokenizers" and "gigatoken is not used: its ids differ" in why
     with pytest.raises(UserError, match=r"engine is gigatoken, but its ids differ from those of tokenizers on"):
-        tokenizing.make_engine(recipe, "gigatoken", [])
+        tokenizing.select_engine(spec, "gigatoken", [])
 
 
-def test_the_fingerprint_is_of_what_decides_ids(tokenizer_dir):
+def test_the_fingerprint_changes_exactly_with_what_decides_ids(tokenizer_dir):
     def changed(change) -> str:
         tokenizer = tokenizing.load_tokenizer(str(tokenizer_dir))
         change(tokenizer)

@@ -6,25 +6,20 @@ import pytest
 import torch
 
 from pretrain.model import attention
-from pretrain.model.attention import attend, plan
-from pretrain.model.loss import linear_cross_entropy
+from pretrain.model.attention import BACKENDS, FLASH, attend, prepare_attention
+from pretrain.model.forms import Bernoulli, Block, Causal, Form, Full, Window
+from pretrain.model.loss import select_loss
 from pretrain.model.visibility import Visibility
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 LENGTH = 384
 PARTS = [[100, 28, 256], [5, 379, 0]]  # documents of the two rows
-CASES = [
-    ("full", 0, 0),
-    ("causal", 0, 0),
-    ("window", 1, 0),
-    ("window", 100, 0),
-    ("block", 16, 0),
-    ("bernoulli", 0, 0.3),
-]
+FORMS = [Full(), Causal(), Window(1), Window(100), Block(16), Bernoulli(0.3, (1, 2))]
 
 
-def backends(form: str) -> list[str]:
-    return [name for name, forms in attention.BACKENDS.items() if form in forms]
+def backends(form: Form) -> list[str]:
+    """Those that can show the form."""
+    return [name for name in BACKENDS if name not in FLASH or form.flash_window is not None]
 
 
 def reference(q, k, v, visible):
@@ -36,21 +31,19 @@ def reference(q, k, v, visible):
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["mha", "gqa"])
 @pytest.mark.parametrize("isolated", [False, True], ids=["rows", "documents"])
-@pytest.mark.parametrize(
-    ("backend", "form", "width", "ratio"), [(b, *case) for case in CASES for b in backends(case[0])]
-)
-def test_equals_the_dense_reference(backend, form, width, ratio, isolated, heads):
+@pytest.mark.parametrize(("backend", "form"), [(b, form) for form in FORMS for b in backends(form)], ids=str)
+def test_equals_the_dense_reference(backend, form, isolated, heads):
     if backend == "flash_attn" and attention._flash_attn() is None:
         pytest.skip("the package flash-attn is not installed")
     torch.manual_seed(0)
     documents = None
     if isolated:
         documents = torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(p)) for p in PARTS]).cuda()
-    visibility = Visibility(form, ratio, width, (1, 2), documents)
+    visibility = Visibility(form, documents)
     shapes = [(2, n, LENGTH, 64) for n in (heads[0], heads[1], heads[1])]
     mine = [torch.randn(s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in shapes]
     theirs = [x.detach().double().requires_grad_() for x in mine]
-    made = plan(visibility, 2, LENGTH, torch.device("cuda"), torch.bfloat16, backend)
+    made = prepare_attention(visibility, 2, LENGTH, torch.device("cuda"), torch.bfloat16, backend)
     assert made.backend == backend
     got, _ = attend(None, *mine, None, attention_plan=made)
     dense = visibility.dense(LENGTH, "cuda")
@@ -75,7 +68,7 @@ def test_losses_equal_the_plain_one(how):
     results = []
     for path in ("plain", how):
         inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
-        total, nll, *_ = linear_cross_entropy(*inputs, None, targets, weights, path)
+        total, nll, _ = select_loss(path, "cuda")(*inputs, None, targets, weights)
         results.append([total, nll, *torch.autograd.grad(total, inputs)])
     for plain, other in zip(*results):
         assert (plain - other).norm() / plain.norm() < 1e-4

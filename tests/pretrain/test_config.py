@@ -1,15 +1,19 @@
 import json
 import re
+import typing
 
 import pytest
-from conftest import ROOT
+import torch
+from helpers import ROOT
 
-from common.config import load_config, save_config
+from common.config import check_bounds, fixed_settings, load_config, save_config, walk
 from common.errors import UserError
 from data_prep.config import PrepareConfig, check_prepare
-from pretrain import deepspeed_config
+from pretrain import adapt, deepspeed_config
 from pretrain.config import RunConfig, accumulation_steps, check_run, total_steps
 from pretrain.main import main
+from pretrain.runtime import resume
+from pretrain.runtime.resume import check_same_run
 
 RUNS = sorted((ROOT / "pretrain" / "configs").glob("*.yaml"))
 ZERO = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -28,9 +32,10 @@ def test_precedence_and_round_trip(tmp_path):
     ("text", "overrides", "message"),
     [
         ("train: {stpes: 3}", [], r"c\.yaml: unknown key 'train.stpes'; known here: steps, tokens"),
-        ("trian: {}", [], "unknown key 'trian'; known here: run_dir, model"),
+        ("trian: {}", [], "unknown key 'trian'; known here: run_dir, objective, model"),
         ("train: {steps: many}", [], "'many' of type 'str' could not be converted to Integer"),
-        ("annealing: {form: windoww}", [], "expected one of"),
+        ("annealing: {schedule: linearly}", [], "expected one of"),
+        ("objective: masked", [], "expected one of"),
         ("- a\n- b", [], "expected `key: value`"),
         ("a: [", [], "not valid YAML"),
         ("{}", ["train.stpes=3"], "override 'train.stpes=3': unknown key"),
@@ -42,6 +47,88 @@ def test_errors_name_file_and_key(tmp_path, text, overrides, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_config(RunConfig, tmp_path / "c.yaml", overrides)
+
+
+# Every limit, as it is promised; a list's holds for each element, and null is always allowed.
+POSITIVE = [
+    "train.steps",
+    "train.tokens",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "optimizer.lr",
+    "guards.max_skipped_in_a_row",
+    "guards.spike_steps",
+    "diffusion.eps",
+    "validation.times",
+]
+NOT_NEGATIVE = [
+    "train.seed",
+    "train.exit_interval",
+    "train.max_minutes",
+    "annealing.steps",
+    "optimizer.betas",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.max_grad_norm",
+    "optimizer.min_lr_ratio",
+    "optimizer.decay_fraction",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.keep_every",
+    "validation.every",
+    "validation.rows",
+    "guards.spike_factor",
+    "guards.max_rollbacks",
+    "guards.stall_minutes",
+]
+AT_MOST_ONE = ["optimizer.min_lr_ratio", "optimizer.decay_fraction", "validation.times"]
+LIMITS = [
+    *(("above", name, 0) for name in POSITIVE),
+    *(("at_least", name, 0) for name in NOT_NEGATIVE),
+    *(("at_most", name, 1) for name in AT_MOST_ONE),
+    ("at_least", "annealing.stages", 1),
+    ("at_least", "train.seq_len", 2),
+    ("below", "diffusion.eps", 1),
+    ("below", "optimizer.betas", 1),
+]
+KINDS = ("above", "at_least", "below", "at_most")
+WORDS = {"above": "more than {}", "at_least": "{} or more", "below": "less than {}", "at_most": "at most {}"}
+
+
+def replaced(name: str, value: object) -> RunConfig:
+    """The default configuration with one other value, of whatever kind."""
+    config = RunConfig()
+    section, _, key = name.rpartition(".")
+    setattr(getattr(config, section) if section else config, key, value)
+    return config
+
+
+def test_every_limit_is_one_of_these():
+    found = [
+        (kind, name, bound)
+        for name, field, _ in walk(RunConfig())
+        for kind, bound in zip(KINDS, field.metadata.get("bounds", ()))
+        if bound is not None
+    ]
+    assert sorted(found) == sorted(LIMITS)
+
+
+@pytest.mark.parametrize(("kind", "name", "bound"), LIMITS, ids=lambda value: str(value))
+def test_a_value_beyond_its_limit_is_refused_and_its_edge_is_accepted(kind, name, bound):
+    (field,) = [field for found, field, _ in walk(RunConfig()) if found == name]
+    least = 1 if "int" in str(field.type) else 1e-6
+    outside, edge = {
+        "above": (bound, bound + least),
+        "at_least": (bound - least, bound),
+        "below": (bound, bound - least),
+        "at_most": (bound + least, bound),
+    }[kind]
+    several = "list" in str(field.type)
+    with pytest.raises(UserError, match=f"{re.escape(name)} is .*, expected .*{WORDS[kind].format(bound)}"):
+        check_bounds(replaced(name, [0.5, outside] if several else outside))
+    check_bounds(replaced(name, [0.5, edge] if several else edge))
+    if "None" in str(field.type):
+        check_bounds(replaced(name, None))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +148,213 @@ def test_errors_name_file_and_key(tmp_path, text, overrides, message):
 def test_values_that_cannot_work(override):
     with pytest.raises(UserError, match=override.partition("=")[0].replace("[", r"\[")):
         check_run(load_config(RunConfig, None, [override]))
+
+
+def test_settings_that_cannot_work_together():
+    check_run(load_config(RunConfig, None, ["annealing.form=none", "annealing.steps=0"]))
+    odd = ["diffusion.time_sampling=complementary", "train.global_batch_size=9"]
+    with pytest.raises(UserError, match=r"global_batch_size is 9; .*complementary needs pairs"):
+        check_run(load_config(RunConfig, None, odd))
+    check_run(load_config(RunConfig, None, [odd[0], "train.global_batch_size=8"]))
+    check_run(load_config(RunConfig, None, [*odd, "objective=autoregressive"]))  # which has no times
+    with pytest.raises(UserError, match=r"eps is 0\.6; complementary times t and 1 - t need less than 0\.5"):
+        check_run(load_config(RunConfig, None, [odd[0], "train.global_batch_size=8", "diffusion.eps=0.6"]))
+
+
+def test_an_unknown_form_names_those_that_there_are():
+    with pytest.raises(UserError, match="'windoww', expected one of none, bernoulli, window, block"):
+        check_run(load_config(RunConfig, None, ["annealing.form=windoww"]))
+    for form in ("none", "bernoulli", "window", "block"):
+        check_run(load_config(RunConfig, None, [f"annealing.form={form}"]))
+
+
+# What a resumed run may change: how it is computed, watched and saved, and where things are; not what is computed.
+MAY_CHANGE = (
+    "run_dir",
+    "model.attention",
+    "model.loss",
+    "model.activation_checkpointing",
+    "model.compile",
+    "model.liger",
+    "data.path",
+    "data.verify",
+    "train.micro_batch_size",
+    "train.exit_interval",
+    "train.max_minutes",
+    "checkpoint",
+    "validation",
+    "guards",
+    "wandb",
+)
+
+
+def another(field, value: object) -> object:
+    """A value of the setting's type that is not this one."""
+    options = [option for option in typing.get_args(field.type) if isinstance(option, str)]
+    if options:
+        return next(option for option in options if option != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, tuple):
+        return tuple(v / 2 for v in value)
+    if isinstance(value, str):
+        return value + "x"
+    if isinstance(value, list):
+        return [*value, 0.5]
+    if isinstance(value, dict):
+        return {**value, "x": 1}
+    return "x" if "str" in str(field.type) else 7  # None before
+
+
+def may_change(name: str) -> bool:
+    return any(name == free or name.startswith(free + ".") for free in MAY_CHANGE)
+
+
+def test_a_resumed_run_may_change_these_settings_and_no_others(tmp_path, monkeypatch):
+    """Asked of the function that decides it, setting by setting, against a run in the folder."""
+    before = replaced("run_dir", str(tmp_path))
+    save_config(before, tmp_path / "config.yaml")
+    check_same_run(before)
+    read = load_config(RunConfig, tmp_path / "config.yaml")
+    monkeypatch.setattr(resume, "load_config", lambda *_: read)  # once, and not for every setting
+    for name, field, value in walk(before):
+        config = replaced(name, another(field, value))
+        if name == "run_dir":
+            assert name not in fixed_settings(before)
+            continue
+        config.run_dir = str(tmp_path)
+        if may_change(name):
+            check_same_run(config)
+        else:
+            with pytest.raises(UserError, match=f"holds a run with {re.escape(name)}="):
+                check_same_run(config)
+    config.checkpoint.allow_changes = True
+    check_same_run(config)
+    assert {name for name, *_ in walk(before)} - set(fixed_settings(before)) == {
+        name for name, *_ in walk(before) if may_change(name)
+    }
+
+
+def test_a_run_at_a_constant_rate_may_become_longer(tmp_path):
+    save_config(load_config(RunConfig, None, ["optimizer.schedule=constant"]), tmp_path / "config.yaml")
+    longer = [f"run_dir={tmp_path}", "train.steps=2000", "train.tokens=123"]
+    check_same_run(load_config(RunConfig, None, ["optimizer.schedule=constant", *longer]))
+    save_config(RunConfig(), tmp_path / "config.yaml")
+    with pytest.raises(UserError, match=r"holds a run with train\.steps=1000, but 2000 was asked for"):
+        check_same_run(load_config(RunConfig, None, longer))
+
+
+def test_a_setting_that_was_renamed_keeps_its_old_name(tmp_path, caplog):
+    """With a warning that says the new one; both at once, in one file, are an error."""
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text("diffusion: {times: stratified, eps: 0.01}\n")
+    config = load_config(RunConfig, old)
+    assert config.diffusion.time_sampling == "stratified" and config.diffusion.eps == 0.01
+    assert f"{old}: diffusion.times is now called diffusion.time_sampling" in caplog.text
+    caplog.clear()
+    config = load_config(RunConfig, None, ["diffusion.times=complementary"])
+    assert config.diffusion.time_sampling == "complementary"
+    assert "diffusion.times is now called diffusion.time_sampling" in caplog.text
+    caplog.clear()
+    assert load_config(RunConfig, old, ["diffusion.time_sampling=independent"]).diffusion.time_sampling == "independent"
+    save_config(config, new)
+    caplog.clear()
+    assert load_config(RunConfig, new) == config and not caplog.text
+    new.write_text("diffusion: {times: stratified, time_sampling: independent}\n")
+    with pytest.raises(UserError, match=r"both diffusion\.times and diffusion\.time_sampling are set"):
+        load_config(RunConfig, new)
+    new.write_text("diffusion: {times: sometimes}\n")
+    with pytest.raises(UserError, match="expected one of"):
+        load_config(RunConfig, new)
+
+
+def test_a_run_of_an_older_version_is_the_same_run(tmp_path):
+    """Its config.yaml has the old name."""
+    config = load_config(RunConfig, None, [f"run_dir={tmp_path}", "diffusion.time_sampling=stratified"])
+    save_config(config, tmp_path / "config.yaml")
+    written = (tmp_path / "config.yaml").read_text().replace("time_sampling:", "times:")
+    (tmp_path / "config.yaml").write_text(written)
+    check_same_run(config)
+
+
+# --- the model's shape
+
+
+def test_another_base_with_a_ready_configuration(tmp_path, base_dir):
+    """model.architecture is checked against the base; null on the command line takes the base's own."""
+    (tmp_path / "c.yaml").write_text("model: {base: gpt2, architecture: {model_type: gpt2, n_embd: 768}}\n")
+    other = f"model.base={base_dir('llama')}"
+    config = load_config(RunConfig, tmp_path / "c.yaml", [other])
+    with pytest.raises(UserError, match=r"has model_type='llama', but .* says 'gpt2'; .*model\.architecture=null"):
+        adapt.base_config(config.model, 32)
+    config = load_config(RunConfig, tmp_path / "c.yaml", [other, "model.architecture=null"])
+    assert config.model.architecture is None
+    assert adapt.base_config(config.model, 32).hidden_size == 32
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(RunConfig, tmp_path / "saved.yaml") == config
+
+
+SHAPE = "{model_type: gpt2, n_embd: 16, n_layer: 3, n_head: 2, n_positions: 64, vocab_size: 390}"
+
+
+def random_model(base, seed: int = 0, shape: str | None = SHAPE):
+    overrides = [f"model.base={base}", "model.init=random", *([f"model.architecture={shape}"] if shape else [])]
+    config = load_config(RunConfig, None, overrides)
+    found = adapt.base_config(config.model, 32)
+    adapt.check_fits(config, found, vocabulary=384)
+    return adapt.load_model(config.model, found, 384, torch.float32, seed)
+
+
+def test_a_new_model_has_the_shape_that_is_described_and_weights_of_the_seed(base_dir):
+    model, again, other = (random_model(base_dir("llama"), seed) for seed in (1, 1, 2))
+    assert type(model).__name__ == "DiffusionGPT2LMHeadModel" and model.config.n_layer == 3
+    assert model.get_input_embeddings().weight.shape == (390, 16) and model.config.mask_token_id == 384
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert not torch.equal(model.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    ids = torch.randint(0, 384, (2, 16))
+    labels = ids.clone()
+    labels[:, 0] = -100
+    model(ids, labels=labels).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_new_model_without_a_description_has_the_bases_shape_and_none_of_its_weights(base_dir):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(base_dir("llama"))
+    model = random_model(base_dir("llama"), shape=None)
+    for (name, new), old in zip(model.named_parameters(), base.parameters()):
+        assert new.shape[1:] == old.shape[1:] and len(new) - len(old) == (len(old) == 384), name
+        assert new.ndim == 1 or not torch.equal(new[: len(old)], old)
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(base_dir):
+    with pytest.raises(
+        UserError, match=r"vocab_size=300, but the tokenizer of .* has 384 tokens; give at least as many"
+    ):
+        random_model(base_dir("llama"), shape=SHAPE.replace("390", "300"))
+    random_model(base_dir("llama"), shape=SHAPE.replace("390", "384"))
+
+
+@pytest.mark.parametrize("shape", ["{n_embd: 16}", "{model_type: nonesuch}"])
+def test_a_description_needs_a_known_model_type(base_dir, shape):
+    with pytest.raises(UserError, match=r"model\.architecture has model_type=.*, which transformers does not know"):
+        random_model(base_dir("llama"), shape=shape)
+
+
+def test_a_diffusion_base_keeps_its_shift(base_dir):
+    config = load_config(RunConfig, None, [f"model.base={base_dir('llama')}"])
+    base = adapt.base_config(config.model, 32)
+    adapt.check_fits(config, base, 384)
+    base.diffusion = {"shift": False}
+    with pytest.raises(UserError, match=r"was trained with diffusion\.shift=false; set the same"):
+        adapt.check_fits(config, base, 384)
+    config.diffusion.shift = False
+    adapt.check_fits(config, base, 384)
+    config.objective, base.diffusion = "autoregressive", {"shift": True}
+    adapt.check_fits(config, base, 384)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)

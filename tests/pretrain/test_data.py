@@ -1,22 +1,20 @@
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from independent import Row, Source, random_numbers
 
 from common.errors import UserError
-from pretrain.data import NOISE, TrainData, collate, mixture_pattern, permute, step_data, stream
-
-MASK = 384
+from pretrain.data import NOISE, ORDER, VALIDATION, TrainData, mixture_pattern, permute, stream
+from pretrain.step import read_rows
 
 
 @pytest.fixture(scope="module")
 def data(corpus_dir) -> TrainData:
-    return TrainData(str(corpus_dir), MASK, seed=3)
+    return TrainData(str(corpus_dir), seed=3)
 
 
 @given(st.integers(1, 700), st.integers(0, 2**60), st.integers(0, 2**60))
-@settings(deadline=None)
 def test_permute_is_a_bijection(size, seed, n):
     assert sorted(permute(i, size, seed, n) for i in range(size)) == list(range(size))
 
@@ -29,7 +27,6 @@ def test_permute_depends_on_its_key_and_looks_random():
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6))
-@settings(deadline=None)
 def test_every_prefix_of_the_mixture_is_within_one_sample_of_its_share(weights):
     pattern = mixture_pattern([float(w) for w in weights])
     shares = np.array(weights) / sum(weights)
@@ -48,7 +45,7 @@ def test_the_papers_mixture():
 def test_an_epoch_shows_every_row_once_and_epochs_differ(data):
     seen: dict[tuple[int, int], list[int]] = {}
     for n in range(4 * sum(len(rows) for rows in data.train)):
-        source, epoch, row = data.place(n)
+        source, epoch, row = data.locate(n)
         seen.setdefault((source, epoch), []).append(row)
     complete = {key: rows for key, rows in seen.items() if (key[0], key[1] + 1) in seen}
     assert {key[0] for key in complete} == {0, 1}
@@ -59,115 +56,93 @@ def test_an_epoch_shows_every_row_once_and_epochs_differ(data):
     assert len(epochs) >= 2 and epochs[0] != epochs[1]
 
 
-def test_a_sample_is_a_function_of_seed_and_number(corpus_dir, data):
-    again = TrainData(str(corpus_dir), MASK, seed=3)
-    for n in (0, 17, 5, 0):
-        a, b = data.sample(n), again.sample(n)
-        assert a.t == b.t
-        np.testing.assert_array_equal(a.xt, b.xt)
-        np.testing.assert_array_equal(a.masked, b.masked)
-    assert TrainData(str(corpus_dir), MASK, seed=4).sample(0).t != data.sample(0).t
+def test_the_order_is_a_function_of_the_seed(corpus_dir, data):
+    order = [data.locate(n) for n in range(100)]
+    assert order == [TrainData(str(corpus_dir), seed=3).locate(n) for n in range(100)]
+    other = TrainData(str(corpus_dir), seed=4)
+    assert order != [other.locate(n) for n in range(100)]
+    assert [source for source, *_ in order] == [other.locate(n)[0] for n in range(100)]  # the mixture is exact
+
+
+def test_the_mixture_is_the_manifests_or_the_runs(corpus_dir, data):
+    counts = np.bincount([data.locate(n)[0] for n in range(400)])
+    assert dict(zip(data.names, counts.tolist())) == {"short": 300, "long": 100}
+    assert data.describe(0) == {"n": 0, "source": data.names[data.locate(0)[0]], "epoch": 0, "row": data.locate(0)[2]}
+    alone = TrainData(str(corpus_dir), seed=3, weights={"long": 2.0, "short": 0.0})
+    assert alone.names == ["long"] and {alone.locate(n)[0] for n in range(50)} == {0}
+
+
+def test_streams_are_those_that_are_documented():
+    assert (NOISE, ORDER, VALIDATION) == (0, 1, 2)
+    for seed, n, purpose in ((1, 2, NOISE), (2, 1, ORDER), (0, 7, VALIDATION)):
+        np.testing.assert_array_equal(stream(seed, n, purpose).random(5), random_numbers(seed, n, purpose).random(5))
 
 
 def test_neighbouring_seeds_share_no_stream():
     """With seed + n as key, (1, 2) and (2, 1) would draw the same noise."""
     draws = {stream(seed, n, NOISE).random() for seed in range(20) for n in range(20)}
     assert len(draws) == 400
+    assert len({stream(1, 2, purpose).random() for purpose in (NOISE, ORDER, VALIDATION)}) == 3
 
 
-def test_times_are_uniform(data):
-    times = np.sort([data.sample(n).t for n in range(2000)])
-    expected = 1e-3 + (1 - 1e-3) * (np.arange(2000) + 0.5) / 2000
-    assert np.abs(times - expected).max() < 1.95 / np.sqrt(2000)  # Kolmogorov-Smirnov, p = 0.001
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=4), st.integers(0, 5))
+def test_rows_say_where_documents_are(lengths, spare):
+    """Documents number their tokens and restart their positions; what is left of a row is padding, one more document.
+
+    First tokens are the row's alone, or every document's where these are isolated.
+    """
+    total = max(map(sum, lengths)) + spare
+    source = Source([Row(10 + k, np.arange(total) + 100 * k, parts) for k, parts in enumerate(lengths)])
+    shared = read_rows(source.places, source.numbers, isolated=False)
+    isolated = read_rows(source.places, source.numbers, isolated=True)
+    for rows in (shared, isolated):
+        assert rows.numbers == source.numbers and rows.x0.dtype == np.int64
+        np.testing.assert_array_equal(rows.x0, [row.ids for row in source.rows])
+        assert rows.real.sum(axis=1).tolist() == [sum(parts) for parts in lengths]
+        assert all((row[:-1] >= row[1:]).all() for row in rows.real)  # padding ends a row
+    assert shared.documents is None and shared.positions is None
+    assert np.argwhere(shared.first).tolist() == [[k, 0] for k in range(len(lengths))]
+    for k, parts in enumerate(lengths):
+        padding = [total - sum(parts)] if sum(parts) < total else []
+        documents = [number for number, n in enumerate(parts + padding) for _ in range(n)]
+        positions = [i for n in parts + padding for i in range(n)]
+        assert isolated.documents[k].tolist() == documents and isolated.positions[k].tolist() == positions
+        assert isolated.first[k].tolist() == [position == 0 for position in positions]
 
 
-@pytest.mark.parametrize("isolated", [False, True])
-def test_a_batch_is_the_same_however_it_is_split(corpus_dir, isolated):
-    data = TrainData(str(corpus_dir), MASK, seed=3, isolated=isolated)
-
-    def rows(world: int, micro: int) -> list:
-        parts = [step_data(data, 5, 12, micro, rank, world) for rank in range(world)]
-        assert len({(part.masked, part.maskable) for part in parts}) == 1
-        batches = [batch for part in parts for batch in part.batches]
-        assert parts[0].masked == sum(len(batch.t) for batch in batches)
-        return sorted(torch.cat([torch.cat([b.xt, b.labels], 1) for b in batches]).tolist()), parts[0].maskable
-
-    assert rows(1, 12) == rows(1, 3) == rows(2, 6) == rows(3, 2) == rows(4, 1)
+def test_held_out_rows_are_spread_evenly(data):
+    for rows in (1, 3, 10_000):
+        found = data.held_out(rows)
+        assert len(found) == sum(min(rows, len(source)) for source in data.validation)
+        for source in data.validation:
+            mine = [(row, i, total) for s, row, i, total in found if s is source]
+            count = min(rows, len(source))
+            assert mine == [(i * len(source) // count, i, count) for i in range(count)]
+    assert data.held_out(0) == []
 
 
-def test_collate_isolated(corpus_dir):
-    data = TrainData(str(corpus_dir), MASK, seed=3, isolated=True)
-    samples = [data.sample(n) for n in range(30)]
-    assert max(len(s.document_lengths) for s in samples) > 1
-    batch = collate(samples, isolated=True)
-    for row, sample in enumerate(samples):
-        start = 0
-        for number, length in enumerate(sample.document_lengths.tolist()):
-            assert (batch.documents[row, start : start + length] == number).all()
-            assert batch.positions[row, start : start + length].tolist() == list(range(length))
-            assert batch.labels[row, start] == -100
-            start += length
-    assert (batch.labels != -100).sum() == len(batch.t)
-    assert torch.equal(
-        batch.labels[batch.labels != -100], torch.tensor(np.concatenate([s.x0[s.masked] for s in samples]))
-    )
-
-
-def test_validation_noise_never_changes(corpus_dir, data):
-    other = TrainData(str(corpus_dir), MASK, seed=99)
-    for a, b in zip(data.validation_samples(8), other.validation_samples(8), strict=True):
-        np.testing.assert_array_equal(a.xt, b.xt)
-    times = [s.t for s in data.validation_samples(8)[: min(8, len(data.validation[0]))]]
-    assert times == sorted(times)  # one in each equal part of (0, 1]
-    assert {s.t for s in data.validation_samples(4, time=0.5)} == {0.5}
+@pytest.mark.parametrize("weights", [{"short": 0.0, "long": 0.0}, {"short": 1.0, "long": -1.0}])
+def test_weights_that_are_no_shares_are_refused(corpus_dir, weights):
+    with pytest.raises(UserError, match="expected 0 or more for each source, and more for at least one"):
+        TrainData(str(corpus_dir), seed=0, weights=weights)
 
 
 def test_unknown_source(corpus_dir):
     with pytest.raises(UserError, match=r"data.weights names \['nope'\]; .* has \['long', 'short'\]"):
-        TrainData(str(corpus_dir), MASK, seed=0, weights={"nope": 1.0})
+        TrainData(str(corpus_dir), seed=0, weights={"nope": 1.0})
 
 
-def test_stratified_times_fill_every_part_once_a_batch(corpus_dir):
-    size = 16
-    data = TrainData(str(corpus_dir), MASK, seed=3, times="stratified", global_batch=size)
-    orders = []
-    for step in range(4):
-        t = np.array([data.sample(n).t for n in range(step * size, (step + 1) * size)])
-        parts = np.floor((t - data.eps) / (1 - data.eps) * size).astype(int)
-        assert sorted(parts) == list(range(size))
-        orders.append(parts.tolist())
-    assert len(set(map(tuple, orders))) == 4  # which row gets which part changes
-
-
-def test_complementary_masks_mask_every_token_once_a_pair(corpus_dir):
-    data = TrainData(str(corpus_dir), MASK, seed=3, times="complementary", global_batch=8)
-    for n in range(0, 40, 2):
-        a, b = data.sample(n), data.sample(n + 1)
-        np.testing.assert_array_equal(a.x0, b.x0)
-        np.testing.assert_array_equal(a.masked ^ b.masked, a.maskable)
-        assert not (a.masked & b.masked).any() and a.t + b.t == pytest.approx(1)
-        assert min(a.t, b.t) >= data.eps
-        for s in (a, b):
-            np.testing.assert_array_equal(s.xt, np.where(s.masked, MASK, s.x0))
-    assert data.place(0) == TrainData(str(corpus_dir), MASK, seed=3).place(0)
-
-
-@pytest.mark.parametrize("times", ["independent", "stratified", "complementary"])
-def test_times_are_uniform_and_masks_have_their_share(corpus_dir, times):
-    data = TrainData(str(corpus_dir), MASK, seed=5, times=times, global_batch=8)
-    samples = [data.sample(n) for n in range(800)]
-    t = np.sort([s.t for s in samples])
-    assert np.abs(t - (np.arange(800) + 0.5) / 800).max() < 0.07  # Kolmogorov-Smirnov
-    masked = sum(s.masked.sum() for s in samples)
-    expected = sum(s.t * s.maskable.sum() for s in samples)
-    assert masked == pytest.approx(expected, rel=0.03)
+def test_rows_that_repeat_come_in_succession(corpus_dir, data):
+    pairs = TrainData(str(corpus_dir), seed=3, repeats=2)
+    for n in range(40):
+        assert pairs.locate(2 * n) == pairs.locate(2 * n + 1) == data.locate(n)
 
 
 def test_what_was_consumed_is_what_was_drawn(corpus_dir):
-    for times in ("independent", "complementary"):
-        data = TrainData(str(corpus_dir), MASK, seed=3, times=times, global_batch=2)
+    for repeats in (1, 2):
+        data = TrainData(str(corpus_dir), seed=3, repeats=repeats)
         for count in (0, 2, 10, 126):
-            rows = {n // 2 if times == "complementary" else n for n in range(count)}
-            sources = [data.place(n)[0] for n in rows]
+            rows = {n // repeats for n in range(count)}
+            sources = [data.locate(n * repeats)[0] for n in rows]
             found = {name: sources.count(i) for i, name in enumerate(data.names)}
             assert data.consumed(count) == found

@@ -1,28 +1,14 @@
 import pytest
 import torch
-from conftest import tiny_config
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from pretrain.flops import step_flops, visible_share
-from pretrain.model.visibility import Visibility
+from pretrain.flops import step_flops
+from pretrain.model.forms import Causal
 
 
-@given(st.sampled_from(["full", "causal", "window", "block"]), st.integers(1, 40), st.integers(1, 50))
-def test_the_visible_share_is_that_of_the_mask(form, length, width):
-    mask = Visibility(form, width=width).dense(length, "cpu")
-    counted = 1.0 if mask is None else mask.double().mean().item()
-    assert visible_share(form, 0, width, length) == pytest.approx(counted)
-
-
-def test_bernoullis_share_is_its_expectation():
-    mask = Visibility("bernoulli", 0.3, key=(1, 1)).dense(400, "cpu").double().mean().item()
-    assert visible_share("bernoulli", 0.3, 0, 400) == pytest.approx(mask, rel=0.01)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "qwen3"])
 def test_flops_are_those_that_torch_counts(family):
     """A forward and backward of the stock model with every token's logits, attention in matrix products."""
     model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="eager")
@@ -31,3 +17,15 @@ def test_flops_are_those_that_torch_counts(family):
         model(ids, labels=ids).loss.backward()
     found = step_flops(model, ids.numel(), ids.numel(), 32, 1.0)
     assert found == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_only_labelled_tokens_meet_the_vocabulary_and_only_visible_pairs_count():
+    config = tiny_config("llama")
+    model = AutoModelForCausalLM.from_config(config)
+    tokens, length = 64, 32
+    whole = step_flops(model, tokens, tokens, length, 1.0)
+    without_head = step_flops(model, tokens, 0, length, 1.0)
+    assert whole - without_head == 6 * tokens * config.vocab_size * config.hidden_size
+    causal = step_flops(model, tokens, tokens, length, Causal().visible_share(length))
+    attention = 12 * config.num_hidden_layers * config.hidden_size * length * tokens  # heads are as wide as the model
+    assert whole - causal == pytest.approx(attention * (length - 1) / (2 * length))

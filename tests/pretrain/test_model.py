@@ -1,11 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config
+from helpers import tiny_config
 
 from common.errors import UserError
 from pretrain import adapt
 from pretrain.config import ModelConfig
+from pretrain.model.forms import Bernoulli, Full
 from pretrain.model.modeling_diffullama import IGNORE, diffusion_class
 
 FAMILIES = ["llama", "llama_tied", "gpt2", "qwen3", "mistral"]
@@ -55,8 +56,9 @@ def test_loss_at_labels_is_that_of_the_logits(family, base_dir):
     x0[0, 5], masked[0, 5] = mask, False  # the mask's own id as data: no loss there
     xt, labels = torch.where(masked, mask, x0), torch.where(masked, x0, IGNORE)
 
-    weights = torch.rand(int(masked.sum()), generator=generator)
-    each = model(input_ids=xt, labels=labels, loss_weights=weights)
+    by_position = torch.rand(3, 24, generator=generator)
+    weights = by_position[masked]
+    each = model(input_ids=xt, labels=labels, loss_weights=by_position)
     expected = F.cross_entropy(model(input_ids=xt).logits[masked], x0[masked], reduction="none")
     torch.testing.assert_close(each.nll, expected)
     torch.testing.assert_close(each.loss, (weights * expected).sum())
@@ -77,7 +79,12 @@ def test_no_masked_token_still_reaches_every_parameter(base_dir):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}, {"compile": True}]
+    "settings",
+    [
+        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "selective"},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_checkpointing_and_compiling_change_nothing(base_dir, settings):
     ids = torch.randint(0, 384, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -93,15 +100,16 @@ def test_checkpointing_and_compiling_change_nothing(base_dir, settings):
 
 
 def test_what_needs_a_gpu_is_refused_here_and_says_what_can_be_had():
-    def check(form="full", **settings):
-        return adapt.check_acceleration(ModelConfig(**settings), {form}, "cpu", torch.float32)
+    def check(*forms, **settings):
+        return adapt.check_acceleration(ModelConfig(**settings), list(forms or [Full()]), "cpu", torch.float32)
 
-    assert check("bernoulli") == {"bernoulli": "sdpa"}
-    with pytest.raises(UserError, match=r"model\.attention=varlen cannot show the form 'bernoulli'.*sdpa can, or auto"):
-        check("bernoulli", attention="varlen")
-    with pytest.raises(UserError, match="needs CUDA, not cpu; here sdpa can"):
+    random = Bernoulli(0.5)
+    assert check(random, Full()) == {"bernoulli": "sdpa", "full": "sdpa"}
+    with pytest.raises(UserError, match=r"model\.attention=varlen cannot show the form 'bernoulli'; use sdpa here, or"):
+        check(random, attention="varlen")
+    with pytest.raises(UserError, match="needs CUDA, not cpu; use sdpa here, or auto"):
         check(attention="varlen")
-    with pytest.raises(UserError, match="'flash'; there are: auto, flash_attn, varlen, flex, sdpa"):
+    with pytest.raises(UserError, match="'flash', expected auto, flash_attn, varlen, flex, sdpa"):
         check(attention="flash")
     with pytest.raises(UserError, match="loss=liger needs CUDA"):
         check(loss="liger")

@@ -6,25 +6,29 @@ torchrun --nproc_per_node 2 tests/scripts/trained_logits.py IDS.pt OUT.pt <argum
 import sys
 
 import torch
-import torch.distributed as dist
 
-from data_prep.shards import Manifest
-from pretrain import checkpoint, main, trainer
+from pretrain import main, trainer
+from pretrain.model.visibility import Visibility
+from pretrain.objectives import OBJECTIVES
 
 ids_file, out_file, arguments = sys.argv[1], sys.argv[2], sys.argv[4:]
 
 
-def instead_of_training(config, base, tokenizer, mask_token_id, ds_config):
-    found = checkpoint.resumption(config, ds_config, Manifest.load(config.data.path).fingerprint)
-    engine = trainer.build_engine(config, base, mask_token_id, ds_config)
-    assert checkpoint.load(engine, found) > 0
-    engine.eval()
-    with torch.no_grad():
-        logits = engine(input_ids=torch.load(ids_file)).logits
-    if dist.get_rank() == 0:
-        torch.save(logits, out_file)
-    return 0
+class Asked(trainer.Trainer):
+    """Computes logits in place of training."""
+
+    def run(self) -> int:
+        assert self.done > 0, "nothing was resumed"
+        self.engine.eval()
+        form = OBJECTIVES[self.config.objective].forms(self.config)[-1]  # the one that training ends with
+        with torch.no_grad():
+            logits = self.engine(input_ids=torch.load(ids_file), visibility=Visibility(form)).logits
+        if self.rank == 0:
+            torch.save(logits, out_file)
+        self.metrics.close()
+        self.watchdog.close()
+        return 0
 
 
-trainer.train = instead_of_training
+trainer.Trainer = Asked
 sys.exit(main.main(arguments))

@@ -1,17 +1,18 @@
-"""`sbatch slurm/data_prep.sh` on two nodes gives the bytes that one process gives."""
+"""`sbatch slurm/data_prep.sh` on two nodes makes the same bytes as one process."""
 
 import re
 from pathlib import Path
 
 import pytest
-from conftest import config, digest, write_jsonl
+from helpers import config, digest, write_jsonl
 
 from common.config import save_config
 from data_prep.prepare import prepare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deduplicate", ["none", "exact"])
-def test_an_array_gives_the_bytes_of_one_process(cluster, tokenizer_dir, tales, tmp_path, deduplicate):
+def test_an_array_of_jobs_gives_the_bytes_of_one_process(cluster, tokenizer_dir, tales, tmp_path, deduplicate):
     path = write_jsonl(tmp_path / "a.jsonl", tales[:200] * 2)
     settings = {"unit_mb": 0.05, "validation_fraction": 0.1, "deduplicate": deduplicate}
     prepare(config(tmp_path / "whole", tokenizer_dir, [path], **settings), progress=False)

@@ -2,23 +2,33 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch
+from helpers import launch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from common.config import load_config
 from common.errors import UserError
+from pretrain.config import RunConfig
 from pretrain.data import TrainData
-from pretrain.telemetry import read_metrics
+from pretrain.objectives import make_objective
+from pretrain.runtime.metrics import read_metrics
+from pretrain.step import read_rows
 from tools.export import export
+from tools.generate import load
+
+pytestmark = pytest.mark.slow
 
 # Runs where this project cannot be imported, with nothing but transformers.
 ALONE = """
 import sys
-for name in ("pretrain", "data_prep", "tools"):
+for name in ("common", "pretrain", "data_prep", "tools"):
     sys.modules[name] = None
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
@@ -27,15 +37,19 @@ ids = torch.load(ids)
 model = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
 other = AutoModelForMaskedLM.from_pretrained(path, trust_remote_code=True).eval()
 tokenizer = AutoTokenizer.from_pretrained(path)
+shift = model.config.diffusion["shift"]
 with torch.no_grad():
     logits = model(ids).logits
     assert torch.equal(logits, other(ids).logits)
     changed = ids.clone(); changed[:, -1] += 1
     assert not torch.equal(model(changed).logits[:, 2], logits[:, 2]), "not bidirectional"
+    assert torch.equal(logits[:, 0], logits[:, 1]) == shift
 masked = ids.clone(); masked[:, 3:9] = tokenizer.mask_token_id
+if not shift:
+    masked[:, 0] = tokenizer.mask_token_id
 filled = model.diffusion_generate(masked, steps=4, generator=torch.Generator().manual_seed(0))
 assert not (filled == tokenizer.mask_token_id).any()
-assert torch.equal(filled[:, :3], ids[:, :3]) and torch.equal(filled[:, 9:], ids[:, 9:])
+assert torch.equal(filled[:, 1:3], ids[:, 1:3]) and torch.equal(filled[:, 9:], ids[:, 9:])
 assert tokenizer.mask_token_id == model.config.mask_token_id
 torch.save({"logits": logits, "filled": filled}, out)
 model.save_pretrained(out + ".again")
@@ -46,6 +60,7 @@ with torch.no_grad():
 
 
 def alone(checkpoint: Path, ids: torch.Tensor, folder: Path) -> dict[str, torch.Tensor]:
+    """What the exported model computes in a process of its own."""
     torch.save(ids, folder / "ids.pt")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment["HF_HOME"] = str(folder / "hf")  # where transformers keeps the remote code
@@ -55,19 +70,37 @@ def alone(checkpoint: Path, ids: torch.Tensor, folder: Path) -> dict[str, torch.
     return torch.load(folder / "out.pt")
 
 
+@torch.no_grad()
+def held_out_nelbo(checkpoint: Path, run_dir: Path) -> float:
+    """The NELBO of an exported model on the run's validation rows and noise, from its logits."""
+    model, _ = load(str(checkpoint), device="cpu")
+    config = load_config(RunConfig, run_dir / "config.yaml")
+    places = TrainData(config.data.path, config.train.seed).held_out(config.validation.rows)
+    rows = read_rows([(source, row) for source, row, *_ in places], [i for *_, i, _ in places], isolated=False)
+    rows.totals = [total for *_, total in places]
+    batch = next(make_objective(config, model.config.mask_token_id).held_out(rows, base=False)).batch
+    weighted = 0.0
+    for ids, labels, t in zip(batch.tensors["input_ids"], batch.tensors["labels"], batch.tensors["t"].tolist()):
+        chosen = labels != -100
+        scores = model(ids[None]).logits[0].double().log_softmax(-1)
+        weighted -= scores[chosen].gather(1, labels[chosen, None]).sum().item() / t
+    return weighted / batch.counts["maskable"]
+
+
 TRAINED = [
-    ("llama", 3, "fp32"),
-    ("llama_tied", 3, "bf16"),
-    ("gpt2", 2, "fp32"),
-    ("mistral", 1, "bf16"),
-    ("qwen3", 0, "fp32"),
+    ("llama", 3, "fp32", True),
+    ("llama_tied", 3, "bf16", True),
+    ("gpt2", 2, "fp32", True),
+    ("mistral", 1, "bf16", False),
+    ("qwen3", 0, "fp32", True),
 ]
 
 
-@pytest.fixture(scope="module", params=TRAINED, ids=lambda p: f"{p[0]}-zero{p[1]}-{p[2]}")
+@pytest.fixture(scope="module", params=TRAINED, ids=lambda p: f"{p[0]}-zero{p[1]}-{p[2]}{'' if p[3] else '-no_shift'}")
 def trained(request, tiny_run):
-    family, stage, dtype = request.param
-    arguments, folder = tiny_run(f"export_{family}", family, stage=stage, **{"train.steps": 2, "model.dtype": dtype})
+    family, stage, dtype, shift = request.param
+    settings = {"train.steps": 2, "model.dtype": dtype, "diffusion.shift": str(shift).lower()}
+    arguments, folder = tiny_run(f"export_{family}", family, stage=stage, **settings)
     outcome = launch(2, arguments)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     return arguments, folder
@@ -82,41 +115,28 @@ def test_the_exported_model_is_the_trained_one(trained, tmp_path):
     outcome = launch(2, [*script, *arguments])
     assert outcome.returncode == 0, outcome.stderr[-3000:]
 
-    out = alone(export(folder, tmp_path / "exported"), ids, tmp_path)
+    exported = export(folder, tmp_path / "exported")
+    out = alone(exported, ids, tmp_path)
     assert torch.equal(out["logits"], torch.load(tmp_path / "trained.pt"))
-
-    from tools.generate import load
-
-    model, _ = load(str(tmp_path / "exported"))
-    data = TrainData(arguments_value(arguments, "data.path"), 384, seed=0)
-    weighted, count = 0.0, 0
-    with torch.no_grad():
-        for s in data.validation_samples(6):
-            logits = model(torch.from_numpy(s.xt)[None]).logits[0].double()
-            nll = -logits.log_softmax(-1)[torch.arange(32), torch.from_numpy(s.x0)]
-            weighted, count = weighted + nll[torch.from_numpy(s.masked)].sum().item() / s.t, count + s.maskable.sum()
-    tolerance = 1e-5 if model.dtype == torch.float32 else 0.03  # in bf16 a row alone and in a batch round differently
-    assert read_metrics(folder)[-1]["val_nelbo"] == pytest.approx(weighted / count, rel=tolerance)
+    # in bf16 a row alone and in a batch round differently
+    tolerance = 1e-5 if out["logits"].dtype == torch.float32 else 0.03
+    assert read_metrics(folder)[-1]["val_nelbo"] == pytest.approx(held_out_nelbo(exported, folder), rel=tolerance)
 
 
-def arguments_value(arguments: list[str], key: str) -> str:
-    return next(a.partition("=")[2] for a in arguments if a.startswith(key + "="))
-
-
-def test_parameter_names_are_the_base_architectures(trained, tmp_path, base_dir):
+def test_parameter_names_are_the_base_architectures(trained, tmp_path):
     """So the weights also load into the stock class, and continued adaptation starts from them."""
-    from transformers import AutoModelForCausalLM
-
     _, folder = trained
     exported = export(folder, tmp_path / "exported")
     stock, info = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert type(stock).__module__.startswith("transformers.")
     config = json.loads((exported / "config.json").read_text())
-    assert config["mask_token_id"] == 384 and config["diffusion"]["shift"] is True
+    shift = load_config(RunConfig, folder / "config.yaml").diffusion.shift
+    assert config["mask_token_id"] == 384 and config["diffusion"]["shift"] is shift
     assert config["diffusion"]["step"] == 2 and set(config["auto_map"]) == {"AutoModel", "AutoModelForMaskedLM"}
     card = (exported / "README.md").read_text()
     assert "library_name: transformers" in card and "| 2 |" in card and "2 steps, 512 tokens" in card
+    assert ("there is no shift" in card) is not shift
     assert not list(exported.glob("*.bin")) and list(exported.glob("*.safetensors"))
 
 
@@ -129,55 +149,75 @@ def small_run(tiny_run):
 
 
 def test_step_zero_is_the_untrained_base(small_run, tmp_path, base_dir):
-    from transformers import AutoModelForCausalLM
-
-    exported = AutoModelForCausalLM.from_pretrained(export(small_run, tmp_path / "zero", step=0)).state_dict()
+    exported = export(small_run, tmp_path / "zero", step=0)
+    zero = AutoModelForCausalLM.from_pretrained(exported).state_dict()
     base = AutoModelForCausalLM.from_pretrained(base_dir("llama")).state_dict()
-    assert all(torch.equal(value[: len(base[name])], base[name]) for name, value in exported.items())
-    assert not torch.equal(
-        AutoModelForCausalLM.from_pretrained(export(small_run, tmp_path / "two")).state_dict()["lm_head.weight"],
-        exported["lm_head.weight"],
-    )
+    assert all(torch.equal(value[: len(base[name])], base[name]) for name, value in zero.items())
+    two = AutoModelForCausalLM.from_pretrained(export(small_run, tmp_path / "two")).state_dict()
+    assert not torch.equal(two["lm_head.weight"], zero["lm_head.weight"])
+    assert read_metrics(small_run)[0]["val_nelbo"] == pytest.approx(held_out_nelbo(exported, small_run), rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "stage"), [("llama", 0), ("llama", 3), ("gpt2", 3)])
+def test_step_zero_of_a_new_model_has_the_weights_that_the_run_began_with(family, stage, tiny_run, tmp_path):
+    settings = {"model.init": "random", "train.seed": 7, "train.steps": 1, "checkpoint.keep": 0}
+    arguments, folder = tiny_run(f"export_random_{family}_{stage}", family, stage=stage, **settings)
+    outcome = launch(1 if stage == 0 else 2, arguments)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    exported = export(folder, tmp_path / "zero", step=0)
+    assert read_metrics(folder)[0]["val_nelbo"] == pytest.approx(held_out_nelbo(exported, folder), rel=1e-5)
+    assert "A new model with the tokenizer of" in (exported / "README.md").read_text()
 
 
 def test_an_older_step_and_another_dtype(small_run, tmp_path):
-    from safetensors.torch import load_file
-
     one, two = (export(small_run, tmp_path / str(step), step=step) for step in (1, 2))
     assert json.loads((one / "config.json").read_text())["diffusion"]["step"] == 1
     a, b = (load_file(folder / "model.safetensors") for folder in (one, two))
     assert any(not torch.equal(a[name], b[name]) for name in a)
-    half = load_file(export(small_run, tmp_path / "half", dtype="bf16") / "model.safetensors")
+    exported = export(small_run, tmp_path / "half", dtype="bf16")
+    assert json.loads((exported / "config.json").read_text())["dtype"] == "bfloat16"
+    half = load_file(exported / "model.safetensors")
     assert all(torch.equal(half[name], b[name].bfloat16()) for name in b)
 
 
-def test_written_in_several_files_it_is_the_same(trained, tmp_path, monkeypatch):
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
-
+def test_written_in_several_files_it_is_the_same(trained, tmp_path):
     _, folder = trained
     whole = export(folder, tmp_path / "whole")
-    monkeypatch.setattr("tools.export.SHARD_BYTES", 20_000)
-    parts = export(folder, tmp_path / "parts")
+    parts = export(folder, tmp_path / "parts", max_shard_size="20KB")
     files = sorted(parts.glob("*.safetensors"))
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-    read = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    read = [(name, tensor, file.name) for file in files for name, tensor in load_file(file).items()]
     expected = load_file(whole / "model.safetensors")
-    assert read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in read)
+    assert sorted(name for name, *_ in read) == sorted(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor, _ in read)
+    for file in files:  # a weight larger than a file has one to itself
+        sizes = [tensor.nbytes for _, tensor, where in read if where == file.name]
+        assert len(sizes) == 1 or sum(sizes) <= 20_000
+    index = json.loads((parts / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for name, _, file in read}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
     _, info = AutoModelForCausalLM.from_pretrained(parts, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 def test_a_checkpoint_of_another_shape_is_refused_before_anything_is_written(small_run, tmp_path):
-    import shutil
-
     other = tmp_path / "run"
     shutil.copytree(small_run, other)
     config = json.loads((other / "model" / "config.json").read_text())
     (other / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
-    with pytest.raises(UserError, match="does not fit the run's configuration"):
+    with pytest.raises(UserError, match=r"embed_tokens.weight has shape \(385, 32\), expected \(400, 32\)"):
         export(other, tmp_path / "exported")
-    assert not (tmp_path / "exported").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_whose_configuration_has_old_names(small_run, tmp_path):
+    old = tmp_path / "run"
+    shutil.copytree(small_run, old)
+    text = (old / "config.yaml").read_text()
+    assert "  time_sampling: independent" in text
+    (old / "config.yaml").write_text(text.replace("  time_sampling:", "  times:"))
+    a, b = (load_file(export(run, tmp_path / run.parent.name) / "model.safetensors") for run in (old, small_run))
+    assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 def test_errors(small_run, tmp_path):
@@ -190,6 +230,9 @@ def test_errors(small_run, tmp_path):
         export(small_run, tmp_path / "x", step=7)
     with pytest.raises(UserError, match=r"config\.yaml not found"):
         export(tmp_path, tmp_path / "x")
+    with pytest.raises(UserError, match="--max_shard_size is '4', expected a number and a unit"):
+        export(small_run, tmp_path / "x", max_shard_size="4")
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.tmp").exists()
 
 
 def test_an_exported_model_can_be_adapted_further(small_run, tmp_path, tiny_run):
@@ -199,3 +242,14 @@ def test_an_exported_model_can_be_adapted_further(small_run, tmp_path, tiny_run)
     outcome = launch(1, arguments)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert read_metrics(folder)[0]["val_nelbo"] == pytest.approx(read_metrics(small_run)[-1]["val_nelbo"], rel=1e-6)
+
+
+def test_exports_with_the_former_class_name_load_with_this_projects_code(small_run, tmp_path):
+    exported = export(small_run, tmp_path / "exported")
+    config = json.loads((exported / "config.json").read_text())
+    config["auto_map"] = dict.fromkeys(config["auto_map"], "modeling_diffullama.DiffuLlamaForMaskedLM")
+    (exported / "config.json").write_text(json.dumps(config))
+    model, _ = load(str(exported))
+    assert all(
+        torch.equal(w, model.state_dict()[name]) for name, w in load_file(exported / "model.safetensors").items()
+    )

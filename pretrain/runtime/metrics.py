@@ -1,19 +1,22 @@
-"""What a run tells: metrics.jsonl, wandb, a progress bar. Only rank 0 writes.
+"""What a run tells while it trains: metrics.jsonl, wandb, a progress bar. Only rank 0 writes.
 
 In: one dict of numbers a step. Out: RUN_DIR/metrics.jsonl, one JSON object a line.
 """
 
 import json
 import math
+import os
 import time
 import uuid
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from . import health
-from .config import RunConfig
+from common.files import write_atomically
+
+from ..config import RunConfig
 
 # What depends on the machine; everything else in metrics.jsonl is a function of configuration and data.
 MACHINE = (
@@ -27,12 +30,12 @@ MACHINE = (
     "goodput",
 )
 
-SHOWN = (
+SHOWN = (  # beside the bar
     ("loss", "loss", ".3f"),
     ("masked CE", "masked_ce", ".3f"),
     ("lr", "lr", ".1e"),
     ("tokens/s", "tokens_per_second", ".0f"),
-)  # fmt: skip
+)
 LAUNCHED = time.time()  # of this process
 
 
@@ -50,38 +53,41 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     return records
 
 
-class Telemetry:
-    """Writes metrics; a resumed run first drops the lines after its checkpoint."""
+class MetricLogger:
+    """Writes metrics; a resumed run first drops the lines after its checkpoint. Does nothing when not `enabled`."""
 
     def __init__(self, config: RunConfig, start: int, steps: int, enabled: bool):
-        self.enabled, self._wandb = enabled, None
+        self.enabled = enabled
+        self._wandb: Any = None
+        self._file: Any = None
         if not enabled:
             return
         self._run_dir = Path(config.run_dir)
-        self._heartbeat = self._run_dir / "heartbeat"  # for watchdogs: the last step, and when it ended
+        self._heartbeat = self._run_dir / "heartbeat"  # for other programs: the last step, and when it ended
         before = read_metrics(self._run_dir)
         self._launched = before[0].get("time", LAUNCHED) if before else LAUNCHED  # the run's first launch
-        self._steps, self._warmup = steps, config.optimizer.warmup_steps
         self._bar = tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True)
-        self._file = None
         self._keep(start or -1)  # a run that begins anew also writes step 0 anew
         if config.wandb.mode != "disabled":
-            import wandb
+            self._start_wandb(config)
 
-            marker = self._run_dir / "wandb_id"
-            if not marker.exists():
-                marker.write_text(uuid.uuid4().hex[:8])
-            self._wandb = wandb.init(
-                project=config.wandb.project,
-                name=config.wandb.name or self._run_dir.name,
-                id=marker.read_text(),
-                resume="allow",
-                mode=config.wandb.mode,
-                dir=str(self._run_dir),
-                config=asdict(config),
-                settings=wandb.Settings(silent=True),
-            )
-            self._wandb.define_metric("*", step_metric="step")  # wandb's own step cannot go back
+    def _start_wandb(self, config: RunConfig) -> None:
+        import wandb
+
+        marker = self._run_dir / "wandb_id"
+        if not marker.exists():
+            marker.write_text(uuid.uuid4().hex[:8])
+        self._wandb = wandb.init(
+            project=config.wandb.project,
+            name=config.wandb.name or self._run_dir.name,
+            id=marker.read_text(),
+            resume="allow",
+            mode=config.wandb.mode,
+            dir=str(self._run_dir),
+            config=asdict(config),
+            settings=wandb.Settings(silent=True),
+        )
+        self._wandb.define_metric("*", step_metric="step")  # wandb's own step cannot go back
 
     def _keep(self, step: int) -> None:
         """Leave out the lines after `step`."""
@@ -89,7 +95,7 @@ class Telemetry:
             self._file.close()
         kept = [record for record in read_metrics(self._run_dir) if record["step"] <= step]
         path = self._run_dir / "metrics.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._useful = sum(record.get("step_seconds", 0.0) for record in kept)
 
@@ -113,30 +119,20 @@ class Telemetry:
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        self._heartbeat.write_text(json.dumps({"step": record["step"], "time": now}))
+        beat = self._heartbeat.with_suffix(".tmp")
+        beat.write_text(json.dumps({"step": record["step"], "time": now}))
+        os.replace(beat, self._heartbeat)  # whoever reads it finds a complete one
         if self._wandb is not None:
             self._wandb.log(record)
-        if record["step"] >= health.RECENT and "val_masked_ce" in record:
-            panel = health.panel(read_metrics(self._run_dir), self._run_dir / "health.png", self._run_dir.name)
-            if self._wandb is not None:
-                import wandb
-
-                self._wandb.log({"health": wandb.Image(str(panel)), "step": record["step"]})
         if record["step"]:
             self._bar.update(record["step"] - self._bar.n)
-            shown = [f"{name} {record[key]:{form}}" for name, key, form in SHOWN if record[key] is not None]
+            shown = [f"{label} {record[key]:{form}}" for label, key, form in SHOWN if record.get(key) is not None]
             self._bar.set_postfix_str(", ".join(shown))
 
-    def say(self, text: str) -> None:
-        """A line for the person at the terminal, above the bar."""
-        if self.enabled:
-            tqdm.write(text)
-
     def close(self) -> None:
-        """The verdict on the run, and the end of all files."""
+        """The end of all files."""
         if self.enabled:
             self._bar.close()
-            print(health.assess(read_metrics(self._run_dir), self._steps, self._warmup), flush=True)
             self._file.close()
             if self._wandb is not None:
                 self._wandb.finish()

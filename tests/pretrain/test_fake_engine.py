@@ -1,0 +1,486 @@
+"""The training loop in one process: DeepSpeed's engine replaced by one of thirty lines, all the rest real."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import ROOT
+from independent import Row, annealed, corrupted, diffusion_loss, gradients, stock
+from transformers import AutoTokenizer
+
+from common.config import load_config
+from common.errors import UserError
+from pretrain import adapt, deepspeed_config, step, trainer
+from pretrain.config import RunConfig
+from pretrain.data import TrainData
+from pretrain.objectives import OBJECTIVES, make_objective
+from pretrain.optimization import learning_rate, parameter_groups
+from pretrain.runtime.guards import Guard
+from pretrain.runtime.metrics import MACHINE, read_metrics
+from pretrain.runtime.stop import STOPPED, StopRequest
+from pretrain.step import read_step, train_step
+
+BOTH = pytest.mark.parametrize("objective", list(OBJECTIVES))
+
+
+class FakeEngine:
+    """What the trainer calls of DeepSpeed's engine, on one process in fp32.
+
+    Stage 0 neither reports a gradient norm nor looks at it; the other stages make no update where it is not finite.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: torch.nn.Module, config: RunConfig, ds_config: dict):
+        self.module = model
+        self.passes = ds_config["gradient_accumulation_steps"]
+        self.clipping = ds_config["gradient_clipping"]
+        self.stage = ds_config["zero_optimization"]["stage"]
+        self.optimizer = self.make_optimizer(parameter_groups(model, config.optimizer.weight_decay), config)
+        self.micro_steps = 0
+        self.norm, self.applied = 0.0, False
+        self.seen = SimpleNamespace(gradients={}, lr=[])  # of the last update
+
+    def make_optimizer(self, groups: list[dict], config: RunConfig) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=config.optimizer.lr, betas=config.optimizer.betas)
+
+    def __call__(self, **inputs):
+        return self.module(**inputs)
+
+    def train(self) -> None:
+        self.module.train()
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def zero_optimization_stage(self) -> int:
+        return self.stage
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return (self.micro_steps + 1) % self.passes == 0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss / self.passes).backward()
+
+    def step(self) -> None:
+        if self.is_gradient_accumulation_boundary():
+            parameters = list(self.module.parameters())
+            self.seen.gradients = {name: p.grad.clone() for name, p in self.module.named_parameters()}
+            self.seen.lr = [group["lr"] for group in self.optimizer.param_groups]
+            self.norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+            self.applied = self.stage == 0 or bool(np.isfinite(self.norm))
+            if self.applied:
+                if self.clipping:
+                    torch.nn.utils.clip_grad_norm_(parameters, self.clipping)
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.micro_steps += 1
+
+    def get_global_grad_norm(self) -> float | None:
+        return self.norm if self.stage else None
+
+    def was_step_applied(self) -> bool:
+        return self.applied
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        path = Path(folder) / tag
+        path.mkdir()
+        torch.save({"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, path / "state.pt")
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict]:
+        path = Path(folder) / tag / "state.pt"
+        state = torch.load(path)
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return str(path), {}
+
+
+class PlainDescent(FakeEngine):
+    """Updates that are the learning rate times the gradient."""
+
+    def make_optimizer(self, groups: list[dict], config: RunConfig) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": group["params"]} for group in groups], lr=config.optimizer.lr)
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def make(process_group, base_dir, corpus_dir, tmp_path, monkeypatch) -> Iterator[Callable[..., trainer.Trainer]]:
+    """`make(name, **settings)`: a Trainer of the run tmp_path/name, as pretrain.main makes it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    monkeypatch.delenv("RANK", raising=False)
+
+    def made(name: str = "run", stage: int = 2, engine: type = FakeEngine, **settings) -> trainer.Trainer:
+        values = {
+            "run_dir": tmp_path / name,
+            "model.base": base_dir("llama"),
+            "data.path": corpus_dir,
+            "annealing.steps": 4,
+            "train.steps": 4,
+            "train.global_batch_size": 8,
+            "train.micro_batch_size": 4,
+            "optimizer.lr": 1e-3,
+            "optimizer.warmup_steps": 2,
+            "checkpoint.every": 0,
+            "validation.rows": 2,
+            "wandb.mode": "disabled",
+            "guards.stall_minutes": 0,
+            **{key.replace("__", "."): value for key, value in settings.items()},
+        }
+        config = load_config(RunConfig, None, [f"{key}={value}" for key, value in values.items()])
+        tokenizer = AutoTokenizer.from_pretrained(config.model.base)
+        base = adapt.base_config(config.model, 32)
+        mask = adapt.add_mask_token(tokenizer, config.model) if OBJECTIVES[config.objective].masks else None
+        ds_config = deepspeed_config.resolve(ROOT / f"ds_configs/zero{stage}.json", config, "fp32", 32, 1)
+
+        def build(config: RunConfig, base_config, mask_token_id: int | None, ds_config: dict) -> FakeEngine:
+            model = adapt.load_model(config.model, base_config, mask_token_id, torch.float32, config.train.seed)
+            return engine(model, config, ds_config)
+
+        monkeypatch.setattr(trainer, "build_engine", build)
+        return trainer.Trainer(config, base, tokenizer, mask, ds_config)
+
+    yield made
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def weights(run: trainer.Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in run.engine.module.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def numbers(run: trainer.Trainer) -> list[dict]:
+    """The lines of metrics.jsonl, without what depends on the machine."""
+    return [{k: v for k, v in line.items() if k not in MACHINE} for line in read_metrics(run.config.run_dir)]
+
+
+def checkpoints(run: trainer.Trainer) -> list[int]:
+    found = Path(run.config.run_dir).glob("checkpoints/step_*")
+    return sorted(int(folder.name.removeprefix("step_")) for folder in found)
+
+
+def described(run: trainer.Trainer, step: int) -> dict:
+    return json.loads((Path(run.config.run_dir) / f"checkpoints/step_{step:08d}/checkpoint.json").read_text())
+
+
+def incidents(run: trainer.Trainer) -> list[dict]:
+    return [json.loads(line) for line in (Path(run.config.run_dir) / "incidents.jsonl").read_text().splitlines()]
+
+
+def changed_batches(monkeypatch, batches: range, change: Callable[[step.Batch, int], step.Batch]) -> None:
+    """Apply `change(micro_batch, its place in the step)` to what is read of these batches."""
+
+    def read(data, objective, step, rows: range, *rest):
+        found = read_step(data, objective, step, rows, *rest)
+        if rows.start // len(rows) in batches:
+            found = [change(batch, place) for place, batch in enumerate(found)]
+        return found
+
+    monkeypatch.setattr(trainer, "read_step", read)
+
+
+@BOTH
+def test_a_run_writes_every_step_and_its_checkpoints(make, objective):
+    run = make(objective=objective, train__steps=6, checkpoint__every=2, validation__every=3, annealing__form="window")
+    assert run.run() == 0 and run.done == 6
+    folder, lines = Path(run.config.run_dir), numbers(run)
+    assert [line["step"] for line in lines] == list(range(7)) and checkpoints(run) == [4, 6]
+    assert (folder / "checkpoints/latest").read_text() == "step_00000006"
+    assert load_config(RunConfig, folder / "config.yaml") == run.config and (folder / "model/config.json").exists()
+    held_out = run.objective.reported.held_out
+    assert [line["step"] for line in lines if held_out in line] == [0, 3, 6]
+    assert lines[0]["uniform_ce"] == pytest.approx(np.log(run.engine.module.config.vocab_size))
+    assert lines[-1][held_out] < lines[0][held_out]
+    if run.objective.reported.base:
+        assert [line["step"] for line in lines if run.objective.reported.base in line] == [0]
+        assert [line["anneal_ratio"] for line in lines[1:]] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+        assert [line.get("right_context") for line in lines[1:]] == [8, 16, 23, None, None, None]  # of 31
+    for k, line in enumerate(lines[1:]):
+        assert line["tokens"] == (k + 1) * 8 * 32 and line["skipped_steps"] == 0 and not line["update_skipped"]
+        assert line["lr"] == learning_rate(k, 6, run.config.optimizer) and line["grad_norm"] > 0
+    assert run.engine.seen.lr == [lines[-1]["lr"]] * 2
+    about = described(run, 6)
+    assert about["step"] == 6 and about["tokens"] == 6 * 8 * 32 and sum(about["rows"].values()) == 48
+    assert about["corpus_fingerprint"] == run.data.fingerprint and about["files"]["state.pt"]["bytes"] > 0
+
+
+@BOTH
+@pytest.mark.parametrize("stage", [0, 2])
+def test_resumed_at_every_step_equals_never_stopped(make, objective, stage):
+    settings = {"objective": objective, "stage": stage, "diffusion.time_sampling": "stratified"}
+    whole = make("whole", **settings)
+    assert whole.run() == 0 and checkpoints(whole) == [4]
+    for done in range(1, 5):
+        broken = make("broken", **settings, train__exit_interval=1)
+        assert broken.done == done - 1 and broken.run() == 0 and broken.done == done
+    assert numbers(broken) == numbers(whole) and same(weights(broken), weights(whole))
+    assert described(broken, 4)["guard"] == described(whole, 4)["guard"]
+    before = Path(broken.config.run_dir, "metrics.jsonl").read_bytes()
+    again = make("broken", **settings, train__exit_interval=1)
+    assert again.run() == 0 and Path(broken.config.run_dir, "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_reported(make, monkeypatch, stage, poison):
+    """Batch 1 has a bad loss in its second pass: skipped, counted, its rows written down, and the run goes on."""
+
+    def spoil(batch: step.Batch, place: int) -> step.Batch:
+        bad = {**batch.tensors, "loss_weights": batch.tensors["loss_weights"] * poison}
+        return replace(batch, tensors=bad) if place == 1 else batch
+
+    changed_batches(monkeypatch, range(1, 2), spoil)
+    run = make(stage=stage, checkpoint__every=1, checkpoint__keep=9)
+    around = []
+
+    def watched(engine, *rest):
+        before = weights(run)
+        metrics = train_step(engine, *rest)
+        around.append(same(before, weights(run)))
+        return metrics
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+    assert run.run() == 0
+    assert around == [False, True, False, False]
+    lines = numbers(run)
+    assert [line["update_skipped"] for line in lines[1:]] == [False, True, False, False]
+    assert [line["skipped_steps"] for line in lines[1:]] == [0, 1, 1, 1]
+    assert checkpoints(run) == [1, 3, 4]  # none of the skipped step
+    assert all(np.isfinite(line["loss"]) and np.isfinite(line["grad_norm"]) for line in (lines[1], *lines[3:]))
+    (incident,) = incidents(run)
+    assert incident["kind"] == "non-finite loss or gradient" and (incident["step"], incident["batches"]) == (2, [1, 1])
+    assert incident["samples"] == [run.data.describe(n) for n in range(8, 16)]
+    assert described(run, 4)["guard"]["skipped"] == 1
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_loss_that_is_not_finite_makes_no_update_though_its_gradient_is(make, monkeypatch, stage):
+    run = make(stage=stage, train__steps=2, checkpoint__keep=0)
+    losses, before = run.objective.losses, weights(run)
+
+    def infinite(model, batch: step.Batch) -> step.Losses:
+        found = losses(model, batch)
+        return replace(found, loss=found.loss + torch.inf) if found.loss.requires_grad else found
+
+    run.objective.losses = infinite
+    assert run.run() == 0 and same(before, weights(run))
+    assert [line["skipped_steps"] for line in numbers(run)[1:]] == [1, 2]
+
+
+def test_too_many_such_steps_end_the_run(make, monkeypatch):
+    def spoil(batch: step.Batch, place: int) -> step.Batch:
+        return replace(batch, tensors={**batch.tensors, "loss_weights": batch.tensors["loss_weights"] * float("nan")})
+
+    changed_batches(monkeypatch, range(1, 9), spoil)
+    run = make(train__steps=9, checkpoint__every=1, guards__max_skipped_in_a_row=3)
+    with pytest.raises(UserError, match="3 steps in a row had a non-finite loss or gradient, the last was step 4"):
+        run.run()
+    assert checkpoints(run) == [1] and [incident["step"] for incident in incidents(run)] == [2, 3, 4]
+
+
+def hard(batch: step.Batch, place: int) -> step.Batch:
+    """Wrong labels."""
+    labels = batch.tensors["labels"]
+    return replace(batch, tensors={**batch.tensors, "labels": torch.where(labels < 0, labels, (labels * 7 + 3) % 384)})
+
+
+SPIKE = {"train.steps": 24, "checkpoint.keep": 99, "guards.spike_factor": 4, "optimizer.lr": 1e-2, "validation.rows": 0}
+
+
+def test_after_a_rollback_the_run_is_one_that_never_saw_those_batches(make, monkeypatch):
+    settings = {**SPIKE, "checkpoint.every": 10}
+    with monkeypatch.context() as patch:
+        without = classmethod(lambda cls, config, compared, state: cls(config, compared, left_out=[[18, 20]]))
+        patch.setattr(Guard, "restored", without)
+        expected = make("left_out", **settings)
+        assert expected.run() == 0
+    changed_batches(monkeypatch, range(18, 21), hard)
+    run = make("rolled_back", **settings, guards__on_spike="rollback")
+    assert run.run() == 0
+    assert numbers(run) == numbers(expected) and same(weights(run), weights(expected))
+    (incident,) = incidents(run)
+    assert incident["kind"] == "loss spike" and incident["batches"] == [18, 20]
+    assert incident["samples"] == [run.data.describe(n) for n in range(18 * 8, 21 * 8)]
+    about = described(run, 24)
+    assert about["guard"]["left_out"] == [[18, 20]] and about["guard"]["rollbacks"] == 1
+    assert about["rows"] == described(expected, 24)["rows"] and sum(about["rows"].values()) == 27 * 8
+
+
+def test_stopped_in_the_middle_of_a_spike_the_run_decides_alike(make, monkeypatch):
+    """What the guard has seen is in the checkpoint: the third high step, after resuming, is the spike."""
+    changed_batches(monkeypatch, range(18, 21), hard)
+    settings = {**SPIKE, "checkpoint.every": 10, "guards.on_spike": "rollback"}
+    expected = make("whole", **settings)
+    assert expected.run() == 0
+    run = make("stopped", **settings, train__exit_interval=20)
+    assert run.run() == 0 and run.done == 20 and described(run, 20)["guard"]["above"] == 2
+    again = make("stopped", **settings, train__exit_interval=20)
+    assert again.done == 20 and again.run() == 0 and again.done == 24
+    assert numbers(again) == numbers(expected) and same(weights(again), weights(expected))
+    assert described(again, 24)["guard"] == described(expected, 24)["guard"]
+
+
+def test_a_spike_that_is_only_warned_of_is_written_down_and_not_saved(make, monkeypatch):
+    changed_batches(monkeypatch, range(18, 21), hard)
+    run = make(**SPIKE, checkpoint__every=1)
+    assert run.run() == 0
+    assert [(i["kind"], i["step"], i["batches"]) for i in incidents(run)] == [("loss spike", 21, [18, 20])]
+    assert [n for n in range(1, 25) if n not in checkpoints(run)] == [19, 20]  # while losses were too high
+    assert described(run, 24)["guard"]["rollbacks"] == 0
+
+
+def test_rollbacks_are_limited(make, monkeypatch):
+    changed_batches(monkeypatch, range(18, 99), hard)
+    run = make(**SPIKE, checkpoint__every=10, guards__on_spike="rollback", guards__max_rollbacks=0)
+    with pytest.raises(UserError, match=r"steps 19 to 21 have losses .* after guards\.max_rollbacks=0 rollbacks"):
+        run.run()
+    assert checkpoints(run) == [10]
+
+
+@pytest.mark.parametrize("request_", [StopRequest.CLOCK, StopRequest.SIGNAL])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(make, monkeypatch, request_):
+    """The clock also validates. Continued, it is the run that was never stopped."""
+    expected = make("whole")
+    assert expected.run() == 0
+    run = make("stopped")
+
+    def step_and_ask(engine, *rest):
+        if run.done == 1 and request_ == StopRequest.SIGNAL:
+            signal.raise_signal(signal.SIGUSR1)
+        if run.done == 1 and request_ == StopRequest.CLOCK:
+            run.stop._deadline = 0.0
+        return train_step(engine, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", step_and_ask)
+        assert run.run() == STOPPED == 75
+    assert run.done == 2 and checkpoints(run) == [2]
+    assert run.stop.reason == ("SIGUSR1" if request_ == StopRequest.SIGNAL else "train.max_minutes")
+    assert ("val_nelbo" in numbers(run)[-1]) == (request_ == StopRequest.CLOCK)
+    again = make("stopped")
+    assert again.done == 2 and again.run() == 0 and same(weights(again), weights(expected))
+    finished = [{k: v for k, v in line.items() if not k.startswith("val_")} for line in numbers(again)]
+    assert finished == [{k: v for k, v in line.items() if not k.startswith("val_")} for line in numbers(expected)]
+
+
+def test_the_clock_ends_a_run_and_a_stop_at_the_last_step_is_its_end(make):
+    assert make("short", train__max_minutes=1e-9).run() == STOPPED
+    run = make("done", train__max_minutes=1e-9, train__steps=1)
+    assert run.run() == 0 and checkpoints(run) == [1]
+
+
+def test_nothing_is_saved_or_validated_where_that_is_not_wanted(make):
+    run = make(checkpoint__keep=0, checkpoint__every=1, validation__rows=0)
+    assert run.run() == 0
+    assert not (Path(run.config.run_dir) / "checkpoints").exists()
+    assert not any(key.startswith("val_") for line in numbers(run) for key in line)
+
+
+# --- the absolute size of the update
+
+
+def expected_loss(objective: str, model, rows: list[Row], normalize_by: str = "masked") -> torch.Tensor:
+    """Of the first step, computed anew."""
+    if objective == "autoregressive":
+        ids = torch.from_numpy(np.stack([row.ids for row in rows]))
+        return model(ids, labels=ids).loss
+    noised = [corrupted(row, 42) for row in rows]
+    return diffusion_loss(model, noised, 384, lambda n: annealed(n, 0.25, (42, 0)), normalize_by=normalize_by)
+
+
+def rows_of(data: TrainData, count: int) -> list[Row]:
+    """The first rows of a run's order."""
+    found = []
+    for n in range(count):
+        source, _, row = data.locate(n)
+        ids, lengths = data.train[source].row(row)
+        found.append(Row(n, ids.astype(np.int64), lengths.tolist()))
+    return found
+
+
+CASES = [
+    ("masked_diffusion", 8, 2, "masked"),
+    ("masked_diffusion", 2, 0, "masked"),
+    ("masked_diffusion", 1, 2, "maskable"),
+    ("autoregressive", 8, 0, "masked"),
+    ("autoregressive", 2, 2, "masked"),
+]
+
+
+@pytest.mark.parametrize(("objective", "micro", "stage", "normalize_by"), CASES)
+def test_one_step_of_descent_is_the_learning_rate_times_the_gradient(
+    make, base_dir, objective, micro, stage, normalize_by
+):
+    """Loss, gradient norm and parameters in absolute terms, for one pass and for several."""
+    settings = {"optimizer.lr": 0.5, "optimizer.warmup_steps": 0, "optimizer.max_grad_norm": 0, "validation.rows": 0}
+    run = make(
+        objective=objective, stage=stage, engine=PlainDescent, train__steps=1, train__micro_batch_size=micro,
+        diffusion__normalize_by=normalize_by, **settings,
+    )  # fmt: skip
+    before = weights(run)
+    assert run.run() == 0
+    theirs = stock(base_dir("llama"), mask=objective == "masked_diffusion")
+    loss = expected_loss(objective, theirs, rows_of(run.data, 8), normalize_by)
+    gradient = gradients(loss, theirs)
+    line = numbers(run)[-1]
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    norm = torch.nn.utils.get_total_norm(list(gradient.values())).item()
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    after = weights(run)
+    for name, value in gradient.items():
+        moved = (before[name] - after[name]) / 0.5
+        torch.testing.assert_close(moved, value, rtol=1e-4, atol=1e-5 * norm)
+
+
+@BOTH
+@pytest.mark.parametrize(("ranks", "micro"), [(2, 2), (4, 1)])
+def test_ranks_average_to_the_gradient_of_the_global_batch(make, base_dir, monkeypatch, objective, ranks, micro):
+    """DeepSpeed averages gradients over ranks: the mean of what they have is the global batch's."""
+    run = make(objective=objective, engine=PlainDescent, optimizer__max_grad_norm=0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
+    made = make_objective(run.config, 384 if objective == "masked_diffusion" else None)
+    run.engine.passes = 8 // ranks // micro
+    found, loss = [], 0.0
+    for rank in range(ranks):
+        batches = read_step(run.data, made, 0, range(8), rank, ranks, micro)
+        assert len(batches) == run.engine.passes
+        loss += train_step(run.engine, made, batches, lr=0.0)["loss"]
+        found.append(run.engine.seen.gradients)
+    theirs = stock(base_dir("llama"), mask=objective == "masked_diffusion")
+    expected = expected_loss(objective, theirs, rows_of(run.data, 8))
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for name, value in gradients(expected, theirs).items():
+        mean = sum(gradient[name] for gradient in found) / ranks
+        torch.testing.assert_close(mean, value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+
+
+def test_the_largest_stop_request_counts(make, monkeypatch):
+    """Ranks add up their requests by kind; the metrics say the largest of any."""
+    run = make()
+    batches = read_step(run.data, run.objective, 0, range(8), 0, 1, 4)
+    for others, mine, expected in (([0], 0, 0), ([0, 1], 0, 1), ([2], 1, 2), ([0, 1], 2, 2)):
+
+        def add(tensor: torch.Tensor, others: list[int] = others) -> None:
+            for other in others:
+                tensor[len(tensor) - 3 + other] += 1
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "all_reduce", add)
+            assert train_step(run.engine, run.objective, batches, 0.0, lambda mine=mine: mine)["stop"] == expected
