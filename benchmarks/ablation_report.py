@@ -101,7 +101,7 @@ def draw(found: dict[str, list[Adapted]], path: Path) -> None:
 def draw_curves(axis, found: dict[str, list[Adapted]]) -> None:
     """Held-out loss over tokens, mean and range of the seeds."""
     for i, (name, runs) in enumerate(found.items()):
-        tokens = [t for t, _ in runs[0].curve]
+        tokens = [t / 1000 for t, _ in runs[0].curve]
         values = list(zip(*[[value for _, value in run.curve] for run in runs]))
 
         def over(reduce: Callable, values: list = values) -> list[float]:
@@ -109,7 +109,7 @@ def draw_curves(axis, found: dict[str, list[Adapted]]) -> None:
 
         axis.plot(tokens, over(statistics.mean), color=f"C{i}", label=name)
         axis.fill_between(tokens, over(min), over(max), color=f"C{i}", alpha=0.15)
-    axis.set(xlabel="tokens of adaptation", title=f"held-out CE at masked tokens, t = {CHOSEN_BY:g} (nats)")
+    axis.set(xlabel="thousand tokens of adaptation", title=f"held-out CE at masked tokens, t = {CHOSEN_BY:g} (nats)")
     axis.legend(fontsize=8)
 
 
