@@ -28,9 +28,8 @@ from common.errors import UserError
 from pretrain import adapt, deepspeed_config
 from pretrain.config import RunConfig, check_run
 from pretrain.launch import check_corpus, fast_dtype, launch_environment, packaged, start_ranks
-from pretrain.model.visibility import Visibility
 from pretrain.objectives import OBJECTIVES
-from pretrain.step import Batch, read_step
+from pretrain.step import Batch, one_forward, read_step
 from pretrain.trainer import Trainer
 
 GOAL = 1.03  # times the bare engine
@@ -95,15 +94,7 @@ def bare_step(engine: Any, batches: list[Batch]) -> float:
     """Seconds that DeepSpeed needs for one optimizer step, without any of the trainer's work."""
     began = time.perf_counter()
     for batch in batches:
-        tensors = batch.tensors
-        output = engine(
-            input_ids=tensors["input_ids"],
-            labels=tensors["labels"],
-            loss_weights=tensors["loss_weights"],
-            position_ids=tensors.get("position_ids"),
-            visibility=Visibility(batch.form, tensors.get("documents")),
-        )
-        engine.backward(output.loss)
+        engine.backward(one_forward(engine, batch).loss)
         engine.step()
     if engine.device.type == "cuda":  # the trainer waits for the device, since it reads the loss
         torch.cuda.synchronize()
