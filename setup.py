@@ -40,6 +40,7 @@ setup(
         "PyYAML",
         "wandb",
         "tqdm",
+        "rich",
         "matplotlib",
     ],
     extras_require={

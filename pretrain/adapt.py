@@ -264,17 +264,10 @@ def apply_kernels(loaded: Any, model: ModelConfig) -> None:
             settings["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED)
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     if model.compile:
-        for block in blocks(loaded):
-            block.compile(dynamic=False)
-
-
-def blocks(loaded: Any) -> torch.nn.ModuleList:
-    """The transformer's blocks: the one list of as many modules as the configuration has layers."""
-    layers = loaded.config.num_hidden_layers
-    found = [m for m in loaded.base_model.children() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
-    if len(found) != 1:
-        raise UserError(f"model.compile does not find the blocks of {type(loaded.base_model).__name__}")
-    return found[0]
+        try:
+            loaded.compile_blocks()
+        except ValueError as error:
+            raise UserError(f"model.compile: {error}") from None
 
 
 def check_acceleration(model: ModelConfig, forms: list[Form], device: str, dtype: torch.dtype) -> dict[str, str]:

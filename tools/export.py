@@ -33,7 +33,7 @@ from common.errors import UserError
 from common.files import atomic_folder
 from pretrain import adapt
 from pretrain.model.modeling_diffullama import DiffusionModel, diffusion_class
-from pretrain.model.sampling import uses_shift
+from pretrain.model.reading import uses_shift
 from pretrain.runtime.checkpoint import find_checkpoint
 
 from .run_folder import RunFolder, read_run

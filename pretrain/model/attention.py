@@ -118,6 +118,13 @@ def prepare_attention(
     return AttentionPlan(backend, mask=visibility.dense(length, device))
 
 
+def plan_for_window(attention_mask: torch.Tensor | None) -> AttentionPlan:
+    """Some positions of a bidirectional row attend to all of it, padding (B, L) apart: more keys than queries."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return AttentionPlan("sdpa")
+    return AttentionPlan("sdpa", mask=attention_mask.bool()[:, None, None, :])
+
+
 def _block_mask(visibility: Visibility, batch: int | None, length: int, device: torch.device) -> object:
     """FlexAttention's mask. Numbers that change from step to step are tensors, so that compiled kernels are reused."""
     from torch.nn.attention.flex_attention import create_block_mask
@@ -154,7 +161,7 @@ def _flex(compiled: bool):
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,  # (B, heads, L, head_dim)
-    key: torch.Tensor,  # (B, key_value_heads, L, head_dim)
+    key: torch.Tensor,  # (B, key_value_heads, L or more, head_dim)
     value: torch.Tensor,
     attention_mask: None,
     scaling: float | None = None,
@@ -166,9 +173,9 @@ def attend(
     """The signature of transformers' attention functions; returns (B, L, heads, head_dim)."""
     if attention_plan is None:
         raise ValueError("attention was called without a visibility; call the DiffusionModel, not a part of it")
-    if sliding_window is not None and query.shape[2] > sliding_window:
+    if sliding_window is not None and key.shape[2] > sliding_window:
         raise ValueError(
-            f"rows of {query.shape[2]} tokens, but this model attends within {sliding_window}; use a shorter seq_len"
+            f"rows of {key.shape[2]} tokens, but this model attends within {sliding_window}; use a shorter seq_len"
         )
     if kwargs.get("softcap") is not None:
         raise ValueError("this model caps its attention scores (softcap), which this project does not do")

@@ -9,21 +9,38 @@ gives this class with `forward(input_ids).logits` of a masked language model and
 """
 
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, Cache, PretrainedConfig
 from transformers.modeling_outputs import MaskedLMOutput
 
-from .attention import IMPLEMENTATION, prepare_attention
+from .attention import IMPLEMENTATION, AttentionPlan, plan_for_window, prepare_attention
+from .cache import WindowCache
+from .generation import DiffusionGenerateOutput, decoding_arguments, generate
 from .loss import VocabularyHead, select_loss
-from .sampling import generate, uses_shift
-from .visibility import Visibility, starts
+from .reading import uses_shift
+from .sampling import State, states
+from .visibility import Visibility, positions_of, with_padding
 
-REMOTE_CODE = ("attention.py", "forms.py", "loss.py", "modeling_diffullama.py", "sampling.py", "visibility.py")
+REMOTE_CODE = (
+    "attention.py",
+    "cache.py",
+    "drawing.py",
+    "forms.py",
+    "generation.py",
+    "loss.py",
+    "modeling_diffullama.py",
+    "reading.py",
+    "rules.py",
+    "sampling.py",
+    "settings.py",
+    "visibility.py",
+)
 AUTO_MAP = {name: "modeling_diffullama.AutoDiffusionLM" for name in ("AutoModel", "AutoModelForMaskedLM")}
 HARMLESS = ("return_dict", "token_type_ids")  # what callers give any model, and what changes nothing here
 IGNORE = -100  # label of positions that bear no loss, as everywhere in transformers
@@ -70,6 +87,8 @@ class DiffusionModel(_CausalLM):
         labels: torch.Tensor | None = None,
         loss_weights: torch.Tensor | None = None,
         visibility: Visibility | None = None,
+        logits_at: torch.Tensor | None = None,
+        past_key_values: WindowCache | None = None,
         **kwargs,
     ) -> DiffusionOutput:
         """Predict the tokens of a corrupted sequence.
@@ -77,44 +96,40 @@ class DiffusionModel(_CausalLM):
         `input_ids` (B, L) hold mask tokens where tokens are unknown. `attention_mask` (B, L) is 0 at
         padding. Without `labels`: `logits` (B, L, V), where `logits[:, i]` predict token i. With the shift of
         the AR model (`config.diffusion["shift"]`, the default) hidden state i - 1 gives them; nothing predicts a
-        row's first token then, and its logits repeat those of the second.
+        row's first token then, and its logits repeat those of the second. With `logits_at` (B, L) bool, `logits`
+        (N, V) only of the N positions where it is True, in row-major order: decoding asks about masks alone.
         With `labels` (B, L), -100 where no loss is wanted: `loss` and `nll` in nats, over labelled
         positions, and no logits, since only hidden states at labelled positions meet the vocabulary.
         `loss` is the mean, or the sum of `loss_weights` (B, L) times the nll of each labelled position.
         `visibility` is for training; the default is bidirectional.
-        Raises TypeError for an argument that it would have to ignore, such as `past_key_values`, and ValueError for
-        a padded row with zeros between tokens or a label that nothing predicts.
+        With a WindowCache whose `positions` (B, W) are set, `input_ids`, `position_ids` and `logits_at` are of those
+        positions alone, and `attention_mask` (B, L) of all that the cache holds.
+        Raises TypeError for an argument that it would have to ignore, or another cache, and ValueError for a padded
+        row with zeros between tokens or a label that nothing predicts.
         """
         ignored = [k for k, v in kwargs.items() if v is not None and v is not False and k not in HARMLESS]
         if ignored:
             raise TypeError(f"forward() of a diffusion model takes no {', '.join(ignored)}")
-        visibility = visibility or Visibility()
-        if attention_mask is not None and not attention_mask.bool().all():
-            if visibility.documents is not None:
-                raise ValueError("attention_mask is for rows with padding, not for packed rows with documents")
-            real = attention_mask.long()
-            if (starts(real) & (real == 1)).sum(dim=1).max() > 1:
-                raise ValueError("attention_mask has zeros between tokens; padding stands before or after a row")
-            visibility = replace(visibility, documents=real)  # tokens and padding do not see each other
-            if position_ids is None:  # left padding does not move a sequence
-                position_ids = (real.cumsum(1) - 1).clamp(min=0)
-        head = self.get_output_embeddings()
-        if type(head) is torch.nn.Linear:
-            head.__class__ = VocabularyHead
-        batch, length = input_ids.shape
-        hidden = self.base_model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            use_cache=False,
-            attention_plan=prepare_attention(
+        if not isinstance(past_key_values, WindowCache | None):
+            raise TypeError(f"past_key_values is a {type(past_key_values).__name__}, expected a WindowCache")
+        if past_key_values is not None and past_key_values.positions is not None:
+            plan = plan_for_window(attention_mask)
+        else:
+            visibility = visibility or Visibility()
+            if attention_mask is not None and not attention_mask.bool().all():
+                visibility = with_padding(visibility, attention_mask)
+                position_ids = positions_of(attention_mask) if position_ids is None else position_ids
+            batch, length = input_ids.shape
+            plan = prepare_attention(
                 visibility, batch, length, input_ids.device, self.dtype, self.attention_backend
-            ),
-        ).last_hidden_state  # (B, L, H)
+            )  # fmt: skip
+        hidden = self.hidden_states(input_ids, position_ids, plan, past_key_values)  # (B, L, H)
+        head = self.vocabulary_head()
         shift = uses_shift(self.config)
         if labels is None:
             if shift:
                 hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
-            return DiffusionOutput(logits=head(hidden))
+            return DiffusionOutput(logits=head(hidden if logits_at is None else hidden[logits_at]))
         if shift:
             if (labels[:, 0] != IGNORE).any():
                 raise ValueError("labels has a value at the first token of a row, which nothing predicts")
@@ -129,14 +144,80 @@ class DiffusionModel(_CausalLM):
         loss, nll, predicted = head(hidden[chosen], select_loss(self.loss_path, hidden.device), targets, weights)
         return DiffusionOutput(loss=loss, nll=nll, predicted=predicted)
 
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        plan: AttentionPlan,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """The last hidden states (B, L, H) of the tokens under an attention plan: the one way into the model."""
+        return self.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=False,
+            attention_plan=plan,
+        ).last_hidden_state
+
+    def vocabulary_head(self) -> Any:
+        """The output layer, which also computes the loss."""
+        head = self.get_output_embeddings()
+        if type(head) is torch.nn.Linear:
+            head.__class__ = VocabularyHead
+        return head
+
     def diffusion_generate(
-        self, input_ids: torch.Tensor, **kwargs
-    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Replace the mask tokens of `input_ids` (B, L) by samples; see `sampling.generate`."""
-        return generate(self, input_ids, **kwargs)
+        self, input_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor | DiffusionGenerateOutput:
+        """Replace the mask tokens of `input_ids` (B, L) by samples; given tokens stay. See `generation.generate`.
+
+        Returns ids (B, L), or with `return_dict_in_generate` a DiffusionGenerateOutput. The arguments, in the words
+        of transformers' `generate` where it has them:
+            attention_mask (B, L)   0 at padding, before or after a row
+            max_new_tokens          append so many masks to each row; without `input_ids`, to the start token
+            steps                   the most model calls a row takes; default: one a mask, so one token a step
+            order                   random (Algorithm 2), confidence, margin, entropy or left_to_right
+            block_length            fill so many masks at a time, from left to right
+            threshold, factor, entropy_bound, kl_threshold
+                                    commit more than one token where the model is sure: Fast-dLLM's two rules, the
+                                    entropy bound, KLASS
+            verify_threshold, remasking
+                                    take tokens back: WINO, ReMDM
+            temperature, top_k, top_p, min_p, repetition_penalty, do_sample
+            cache, refresh_every    "window": compute the block alone between full passes; an approximation
+            compile                 torch.compile, for static shapes
+            streamer                for one row; transformers' TextDiffusionStreamer shows drafts
+            generator               a torch.Generator, or one a row
+            eos_token_id            ends a text in a gap at the end of a row; -1: nothing does
+            generation_config       in place of the model's own, which gives the defaults
+        Raises TypeError for an unknown argument, ValueError for a bad one.
+        """
+        return generate(self, **decoding_arguments(self, input_ids, **kwargs))
+
+    def diffusion_states(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Iterator[State]:
+        """What stands after each step of `diffusion_generate` with the same arguments, streamer apart."""
+        return states(self, **decoding_arguments(self, input_ids, **kwargs))
 
     def generate(self, *args, **kwargs) -> NoReturn:
         raise TypeError("a diffusion model does not decode from left to right; use diffusion_generate")
+
+    def blocks(self) -> torch.nn.ModuleList:
+        """The transformer's blocks: the one list of as many modules as the configuration has layers.
+
+        Raises ValueError where there is none.
+        """
+        layers = self.config.num_hidden_layers
+        found = [m for m in self.base_model.children() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
+        if len(found) != 1:
+            raise ValueError(f"the blocks of {type(self.base_model).__name__} are not found, so as to compile them")
+        return found[0]
+
+    def compile_blocks(self) -> None:
+        """torch.compile each block, once; each new shape of input is compiled anew."""
+        for block in self.blocks():
+            if block._compiled_call_impl is None:
+                block.compile(dynamic=False)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Weights, configuration and the code that loads them, complete for `from_pretrained`."""

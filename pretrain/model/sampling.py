@@ -1,100 +1,279 @@
-"""Algorithm 2: from all masks to text in T steps; infilling is the same with fixed tokens around.
+"""From masks to text in steps: each asks the model once and commits some of the tokens that it proposes.
 
-In: ids with mask tokens where text is wanted. Out: ids with none. Pure functions on tensors; the
-model is anything with `forward(input_ids).logits`, where logits[:, i] predict token i.
+In: ids with mask tokens where text is wanted, at the end, in gaps, or everywhere after the first token. Out: ids with
+none; given tokens stay. `states` is the loop, a generator of what stands after each step; which masks a step commits
+is chosen by the pure functions of rules.py.
 """
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-GREEDY_BELOW = 1e-4  # lower temperatures divide logits out of range; they take the most probable token
+from .drawing import GREEDY_BELOW, Uniform, generators_of, invert, warpers
+from .reading import Reader, uses_shift
+from .rules import (
+    Proposals,
+    above_threshold,
+    best,
+    by_factor,
+    calm_and_confident,
+    doubtful,
+    forgotten,
+    independently,
+    leftmost_first,
+    score,
+    within_entropy_bound,
+)
+from .settings import SamplingSettings
 
 
-def uses_shift(config) -> bool:
-    """Whether hidden state i predicts token i + 1, as the AR model taught it, and not token i itself."""
-    return (getattr(config, "diffusion", None) or {}).get("shift", True)
+@dataclass
+class State:
+    """What stands after a step; all (B, L) but `forwards`."""
+
+    ids: torch.Tensor  # with mask tokens where text is still missing
+    masked: torch.Tensor  # bool: where it is
+    committed: torch.Tensor  # bool: found in this step
+    revised: torch.Tensor  # bool: became masks again in this step
+    draft: torch.Tensor  # ids, and for masks the token that the model proposed where it was asked
+    confidence: torch.Tensor  # the model's probability of each found token when it was committed; NaN: none found
+    forwards: torch.Tensor  # (B,): model calls so far
 
 
-@torch.no_grad()
-def generate(
-    model,
+def allotted(sizes: torch.Tensor, steps: int | None) -> torch.Tensor:
+    """(B, K) steps of blocks with `sizes` (B, K) masks: `steps` shared in proportion, at least one each."""
+    total = sizes.sum(dim=1, keepdim=True)
+    ends = sizes.cumsum(dim=1) * (total if steps is None else steps) // total.clamp(min=1)
+    return ends.diff(dim=1, prepend=ends.new_zeros(len(ends), 1)).clamp(min=1)
+
+
+class Memory:
+    """KLASS: for how many steps each prediction has moved by less than a bound, in KL(p_t ‖ p_{t−1})."""
+
+    def __init__(self, shape: torch.Size, bound: float, device: torch.device):
+        self.bound = bound
+        self.calm = torch.zeros(shape, dtype=torch.long, device=device)
+        self.before: torch.Tensor | None = None  # (N, V) log probabilities of the step before
+        self.place = torch.full(shape, -1, device=device)  # (B, L): the row of `before` that is a position's
+
+    def see(self, logits: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """(B, L): how calm the predictions are with these of the positions `at`."""
+        now = logits.log_softmax(-1)
+        calm = torch.zeros_like(self.calm)
+        place = self.place[at]
+        if self.before is not None:
+            moved = now.exp() * (now - self.before[place.clamp(min=0)])
+            still = (place >= 0) & (moved.nan_to_num(nan=0.0).sum(-1) < self.bound)  # NaN: 0 · (−∞ + ∞)
+            calm[at] = torch.where(still, self.calm[at] + 1, 0)
+        self.before, self.calm = now, calm
+        self.place = torch.full_like(self.place, -1).masked_scatter_(at, torch.arange(len(now), device=at.device))
+        return calm
+
+
+def states(
+    model: Any,
     input_ids: torch.Tensor,
-    *,
-    steps: int = 64,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    order: str = "random",
-    generator: torch.Generator | None = None,
+    attention_mask: torch.Tensor | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     mask_token_id: int | None = None,
-    return_history: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
-    """Replace every mask token of `input_ids` (B, L) by a sample; other tokens stay.
+    settings: SamplingSettings | None = None,
+) -> Iterator[State]:
+    """Fill the mask tokens of `input_ids` (B, L) step by step; yields the state after each.
 
-    `steps` T: model calls (NFE), at most one a masked token in the "confidence" order.
-    `order`: "random", Eq. 4: at step k of T … 1 each masked token is revealed with probability 1/k;
-    "confidence": the most probable predictions first, equally many a step.
-    `temperature` 0 (below 1e-4) takes the most probable token. `top_p` keeps the smallest set of tokens that holds
-    that share of probability. With `return_history`, also the ids after each step.
-    Raises ValueError for bad arguments, and with the shift for a mask token at the first position, which nothing
-    predicts.
+    `attention_mask` (B, L) is 0 at padding, before or after a row. `generator`: one for each row, or one that seeds
+    them; a row's text depends on its own generator and tokens alone. After an `eos_token_id` that has come to stay in
+    a gap at a row's end, what follows it there is the same token, without asking the model.
+    Raises ValueError, with the shift, for a mask token at the first position of a row, which nothing predicts.
     """
-    mask_token_id = model.config.mask_token_id if mask_token_id is None else mask_token_id
-    if steps < 1 or temperature < 0 or not 0 < top_p <= 1 or order not in ("random", "confidence"):
-        raise ValueError(
-            f"steps={steps}, temperature={temperature}, top_p={top_p}, order={order!r}: expected steps >= 1, "
-            "temperature >= 0, 0 < top_p <= 1, order 'random' or 'confidence'"
+    mask: int = model.config.mask_token_id if mask_token_id is None else mask_token_id
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    _check((input_ids == mask) & real, real, uses_shift(model.config))
+    generators = generators_of(generator, len(input_ids))
+    ends = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
+    decoding = _Decoding(model, input_ids, real, generators, tuple(ends), mask, settings or SamplingSettings())
+    while decoding.masked.any():
+        yield decoding.step()
+
+
+class _Decoding:
+    """What `states` keeps from step to step, and one step. Tensors are (B, L) or, where one number a row, (B,)."""
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        real: torch.Tensor,
+        generators: Sequence[torch.Generator],
+        ends: Sequence[int],
+        mask_token_id: int,
+        settings: SamplingSettings,
+    ):
+        self.settings, self.mask_token_id, self.real = settings, mask_token_id, real
+        self.ids, self.masked = input_ids.clone(), (input_ids == mask_token_id) & real
+        self.random = Uniform(generators, self.masked)
+        self.reader = Reader(model, real, settings.cache is not None, settings.refresh_every)
+        self.process: Any = warpers(
+            settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty
         )
-    x = input_ids.clone()
-    masked = x == mask_token_id
-    if uses_shift(model.config) and masked[:, 0].any():
-        raise ValueError("the first token is a mask, and nothing predicts it; put the start token in front")
-    if order == "confidence":
-        steps = min(steps, max(1, int(masked.sum(1).max())))
-    history = []
-    for k in range(steps, 0, -1):
-        logits = model(input_ids=x).logits[masked].float()  # (masked, V)
-        logits[:, mask_token_id] = -torch.inf  # a mask is not text
-        token, confidence = sample(logits, temperature, top_p, generator)
-        reveal = torch.zeros_like(masked)
-        if order == "random":
-            reveal[masked] = (
-                torch.rand(len(token), generator=generator, device=_device(generator, x)).to(x.device) < 1 / k
-            )
+        self.ends = torch.tensor(ends, dtype=torch.long, device=real.device)
+        self.trailing = self.masked & ((real & ~self.masked).flip(1).cumsum(1).flip(1) == 0)
+        self.block = blocks_of(self.masked, settings.block_length)  # -1 at given tokens
+        self.blocks = max(1, int(self.block.max()) + 1)
+        self.sizes = torch.stack([(self.block == k).sum(1) for k in range(self.blocks)], dim=1)  # (B, K)
+        self.budget = allotted(self.sizes, settings.steps)  # (B, K)
+        self.confidence = torch.full(real.shape, torch.nan, device=real.device)
+        self.forwards = torch.zeros(len(real), dtype=torch.long, device=real.device)
+        self.current = torch.full_like(self.forwards, -1)  # the block that a row fills
+        self.left = torch.zeros_like(self.forwards)  # steps that it has for it
+        self.committed_before = torch.zeros_like(self.forwards)
+        self.memory = None if settings.kl_threshold is None else Memory(real.shape, settings.kl_threshold, real.device)
+
+    @torch.no_grad()
+    def step(self) -> State:
+        """Ask the model once, commit some of what it proposes, and perhaps take some of it back."""
+        new_block = self._begin_blocks()
+        here = self.block == self.current[:, None]
+        candidates = self.masked & here
+        old = here & ~self.masked & (self.left > 1)[:, None]  # what may become masks again: not in the last step
+        count = -(-candidates.sum(dim=1) // self.left.clamp(min=1))  # (B,), rounded up: what is left is shared
+        blind = self.settings.blind
+        chosen = self._blindly(candidates, count) if blind else torch.zeros_like(self.masked)
+        at = chosen if blind else self.masked if self.memory else candidates
+        revised = torch.zeros_like(self.masked)
+        draft = self.ids
+        if at.any():
+            if self.settings.verify_threshold is not None and old.any():
+                logits, revised = self._ask_and_verify(at, old)
+            else:
+                logits = self.reader.logits(self.ids, at, here, new_block)
+            self.forwards = self.forwards + at.any(dim=1)
+            proposals = self._propose(logits, at)
+            chosen = chosen if blind else self._by_proposals(proposals, candidates, count)
+            draft = torch.where(at, proposals.token, self.ids)
+            self.ids = torch.where(chosen, proposals.token, self.ids)
+            self.confidence = torch.where(chosen, proposals.confidence, self.confidence)
+        if self.settings.remasking:
+            uniform = self.random.draw(self.masked.any(dim=1))
+            revised = forgotten(uniform, self.confidence.nan_to_num(), old, self.settings.remasking)
+        self.ids = self.ids.masked_fill(revised, self.mask_token_id)
+        self.masked = self.masked & ~chosen | revised
+        self.confidence = self.confidence.masked_fill(revised, torch.nan)
+        self._cut()
+        self.left, self.committed_before = (self.left - 1).clamp(min=1), chosen.sum(dim=1)
+        draft = torch.where(self.masked, draft, self.ids)
+        return State(self.ids, self.masked, chosen, revised, draft, self.confidence, self.forwards)
+
+    def _begin_blocks(self) -> torch.Tensor:
+        """Turn each row to its first block with masks; returns (B,) bool, where that is another than before."""
+        first = self.block.masked_fill(~self.masked, self.blocks).amin(dim=1)
+        new = self.masked.any(dim=1) & (first != self.current)
+        self.current = torch.where(new, first, self.current)
+        self.left = torch.where(new, self._of_block(self.budget), self.left)
+        return new
+
+    def _of_block(self, numbers: torch.Tensor) -> torch.Tensor:
+        """(B,): of `numbers` (B, K), that of the block which a row fills."""
+        return numbers.gather(1, self.current.clamp(min=0)[:, None])[:, 0]
+
+    def _blindly(self, candidates: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """(B, L): what an order that asks nothing commits.
+
+        Random is Algorithm 2. Where a block has as many steps as masks, or more, it is one mask a step, uniformly
+        chosen: what the algorithm comes to for ever more steps, exact, and without its empty steps.
+        """
+        if self.settings.by == "left_to_right":
+            return best(leftmost_first(candidates), candidates, count[:, None])
+        uniform = self.random.draw(self.masked.any(dim=1))
+        singly = self._of_block(self.budget) >= self._of_block(self.sizes)
+        evenly = best(uniform, candidates, count[:, None])
+        return torch.where(singly[:, None], evenly, independently(uniform, candidates, self.left[:, None]))
+
+    def _by_proposals(self, proposals: Proposals, candidates: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """(B, L): the `count` (B,) best of the order, and all that the adaptive rule takes."""
+        settings = self.settings
+        if settings.by == "random":
+            scores = self.random.draw(self.masked.any(dim=1))
+        elif settings.by == "left_to_right":
+            scores = leftmost_first(candidates)
         else:
-            score = torch.full(x.shape, -torch.inf, device=x.device)
-            score[masked] = confidence
-            count = -(-masked.sum(1) // k)  # (B,), rounded up: what is left is shared by the steps left
-            rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            reveal = masked & (rank < count[:, None])
-        proposal = x.clone()
-        proposal[masked] = token
-        x = torch.where(reveal, proposal, x)
-        masked = masked & ~reveal
-        if return_history:
-            history.append(x)
-        if not masked.any():
-            break
-    return (x, history) if return_history else x
+            scores = score(settings.by, proposals)
+        chosen = best(scores, candidates, count[:, None])
+        if settings.kl_threshold is not None and settings.threshold is not None:
+            return chosen | calm_and_confident(proposals, candidates, settings.threshold)
+        if settings.threshold is not None:
+            return chosen | above_threshold(proposals, candidates, settings.threshold)
+        if settings.factor is not None:
+            return chosen | by_factor(proposals, candidates, settings.factor)
+        if settings.entropy_bound is not None:
+            return chosen | within_entropy_bound(proposals, candidates, settings.entropy_bound)
+        return chosen
+
+    def _ask_and_verify(self, at: torch.Tensor, drafted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, V) logits of `at`, and (B, L) what of `drafted` becomes masks again."""
+        logits, checks = self.reader.logits_and_checks(self.ids, at, drafted)
+        probability = checks.float().softmax(-1).gather(1, self.ids[drafted][:, None])[:, 0]
+        verified = torch.zeros(at.shape, device=at.device).masked_scatter_(drafted, probability)
+        assert self.settings.verify_threshold is not None, "nothing is to be verified"
+        return logits, doubtful(verified, drafted, self.settings.verify_threshold, self.committed_before[:, None])
+
+    def _propose(self, logits: torch.Tensor, at: torch.Tensor) -> Proposals:
+        """A token for each of the N positions in `at` (B, L) from `logits` (N, V), and what the rule asks about it."""
+        logits = logits.float()
+        logits[:, self.mask_token_id] = -torch.inf  # a mask is not text
+        probability = logits.softmax(-1)
+        warped = logits
+        if len(self.process):
+            unseen = logits.shape[1]  # beyond the vocabulary
+            known = self.ids.masked_fill(self.masked | ~self.real, unseen)[at.nonzero()[:, 0]]
+            warped = self.process(known, logits.clone())
+        if self.settings.temperature < GREEDY_BELOW:
+            token = warped.argmax(-1)
+        else:
+            token = invert(warped, self.random.draw(at.any(dim=1))[at])
+
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(at.shape, dtype=values.dtype, device=values.device).masked_scatter_(at, values)
+
+        proposals = Proposals(spread(token), spread(probability.gather(1, token[:, None])[:, 0]))
+        if self.settings.by == "margin":
+            top = probability.topk(2, dim=-1).values
+            proposals.margin = spread(top[:, 0] - top[:, 1])
+        if self.settings.by == "entropy" or self.settings.entropy_bound is not None:
+            proposals.entropy = spread(torch.special.entr(probability).sum(-1))
+        if self.memory is not None:
+            proposals.calm = self.memory.see(logits, at)
+        return proposals
+
+    def _cut(self) -> None:
+        """Let an end-of-text token that has come to stay, in a gap at a row's end, stand for all that follows it."""
+        if not len(self.ends):
+            return
+        final = self.trailing & ~self.masked
+        if self.settings.revises:
+            unfinished = self.block.masked_fill(~self.masked, self.blocks).amin(dim=1, keepdim=True)
+            final &= self.block < unfinished
+        end = final & torch.isin(self.ids, self.ends)
+        has, place = end.any(dim=1, keepdim=True), end.long().argmax(dim=1, keepdim=True)
+        after = self.trailing & has & (torch.arange(self.ids.shape[1], device=self.ids.device) > place)
+        self.ids, self.masked = torch.where(after, self.ids.gather(1, place), self.ids), self.masked & ~after
+        self.confidence = self.confidence.masked_fill(after, torch.nan)
 
 
-def sample(
-    logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw from filter(logits) (N, V): ids (N,) and their probability (N,), by which confidence is ranked."""
-    if temperature < GREEDY_BELOW:
-        confidence, token = logits.softmax(-1).max(-1)
-        return token, confidence
-    probability = (logits / temperature).softmax(-1)
-    if top_p < 1:
-        ordered, index = probability.sort(dim=-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the token that crosses top_p stays
-        probability = torch.zeros_like(probability).scatter(-1, index, ordered)
-        probability /= probability.sum(-1, keepdim=True)
-    if len(probability) == 0:
-        return logits.new_zeros(0, dtype=torch.long), logits.new_zeros(0)
-    device = _device(generator, logits)
-    token = torch.multinomial(probability.to(device), 1, generator=generator).to(logits.device)
-    return token[:, 0], probability.gather(-1, token)[:, 0]
+def blocks_of(masked: torch.Tensor, length: int | None) -> torch.Tensor:
+    """(B, L) int64: the number of each mask's block of `length` masks, from 0, in one block without; -1 elsewhere."""
+    place = masked.cumsum(dim=1) - 1
+    return (place // length if length else torch.zeros_like(place)).masked_fill(~masked, -1)
 
 
-def _device(generator: torch.Generator | None, like: torch.Tensor) -> torch.device:
-    return like.device if generator is None else generator.device
+def _check(masked: torch.Tensor, real: torch.Tensor, shift: bool) -> None:
+    """Raise ValueError for masks that nothing predicts."""
+    if not shift:
+        return
+    leading = real & (real.cumsum(dim=1) == 1)
+    rows = (leading & masked).any(dim=1).nonzero().flatten().tolist()
+    if rows:
+        where = "the first token" if len(masked) == 1 else f"the first token of row {rows[0]}"
+        raise ValueError(f"{where} is a mask, and nothing predicts it; put the start token in front")

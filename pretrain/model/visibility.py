@@ -53,6 +53,24 @@ def positions(documents: torch.Tensor) -> torch.Tensor:
     return index - torch.where(starts(documents), index, 0).cummax(dim=1).values
 
 
+def with_padding(visibility: Visibility, attention_mask: torch.Tensor) -> Visibility:
+    """The visibility of rows with padding, where `attention_mask` (B, L) is 0; it and tokens do not see each other.
+
+    Raises ValueError for a visibility with documents, and for zeros between tokens.
+    """
+    if visibility.documents is not None:
+        raise ValueError("attention_mask is for rows with padding, not for packed rows with documents")
+    real = attention_mask.long()
+    if (starts(real) & (real == 1)).sum(dim=1).max() > 1:
+        raise ValueError("attention_mask has zeros between tokens; padding stands before or after a row")
+    return replace(visibility, documents=real)
+
+
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, L) int64: the position of each token of a padded row. Left padding does not move a sequence."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
 @dataclass(frozen=True)
 class Segments:
     """Documents of a batch of packed rows, end to end, in the terms of varlen kernels."""

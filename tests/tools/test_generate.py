@@ -5,9 +5,10 @@ from helpers import SHARED, launch
 from transformers import AutoTokenizer
 
 from common.errors import UserError
+from tools.decoding import complete, encode, load, pieces
 from tools.export import export
 from tools.figures import loss_figure
-from tools.generate import complete, encode, load, main
+from tools.generate import main, read_prompts, rule_of
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +70,16 @@ def test_without_a_prompt_text_begins_after_the_start_token(checkpoint, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "x", "--length", "9999"], "tokens with the gaps, but the model takes 256"),
-        (["--length", "0"], "must be at least 1"),
-        (["--steps", "0"], "expected steps >= 1"),
+        (["--prompt", "x", "--length", "9999"], "9999 tokens in gaps, but the model takes 256"),
+        (["--length", "0"], "--length is 0, expected at least 1"),
+        (["--steps", "0"], "steps is 0, expected a number of steps from 1 on"),
+        (["--threshold", "0.9", "--factor", "1"], "threshold and factor each say how many"),
+        (["--prompt", "x", "--infill", "y"], "--prompt and --infill each say what to write"),
+        (["--infill", "no gap"], "nothing to find in 'no gap'"),
+        (["--resume"], "--resume continues an --output"),
+        (["--watch", "--output", "x.jsonl"], "--output is for a file"),
+        (["--compare", "randm"], "--compare randm: expected random, confidence"),
+        (["--prompts", "/nowhere.txt"], "--prompts /nowhere.txt cannot be read"),
     ],
 )
 def test_errors_are_one_line(checkpoint, arguments, message, capsys):
@@ -127,3 +135,107 @@ def test_figure(run_dir, tmp_path):
     (tmp_path / "config.yaml").write_bytes((run_dir / "config.yaml").read_bytes())
     with pytest.raises(UserError, match="has no finished step"):
         loss_figure([tmp_path], tmp_path / "x.png")
+
+
+def test_prompts_are_lines_gaps_or_json(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text('Once\n\nA [MASK:3] b\n{"prompt": "Two\\nlines"}\n{"text": "x [MASK:1]"}\n', encoding="utf-8")
+    assert read_prompts(str(path), 7) == ["Once[MASK:7]", "A [MASK:3] b", "Two\nlines[MASK:7]", "x [MASK:1]"]
+    for bad, message in (
+        ('{"question": "x"}', ":1: expected JSON with `prompt` or `text`"),
+        ('{"text": 3}', "is a int"),
+    ):
+        path.write_text(bad)
+        with pytest.raises(UserError, match=message):
+            read_prompts(str(path), 7)
+    path.write_text("\n \n")
+    with pytest.raises(UserError, match="holds no prompt"):
+        read_prompts(str(path), 7)
+
+
+def test_a_rule_is_an_order_or_pairs():
+    assert rule_of("entropy") == {"order": "entropy"}
+    assert rule_of("threshold=0.9,block_length=8,cache=window") == {
+        "threshold": 0.9, "block_length": 8, "cache": "window",
+    }  # fmt: skip
+    for bad in ("", "threshold", "threshold=high", "beams=4"):
+        with pytest.raises(UserError, match="expected random, confidence"):
+            rule_of(bad)
+
+
+@pytest.mark.slow
+def test_a_text_depends_on_its_seed_alone_and_not_on_its_batch(checkpoint, tmp_path):
+    """In a file with others, in batches of any size, and alone; a stopped file continues to the same bytes."""
+    prompts = tmp_path / "prompts.txt"
+    texts = ["The Fox", "Once upon a time there was a [MASK:3] in the wood", "A", "There [MASK:2] was [MASK:5]."]
+    prompts.write_text("\n".join(texts))
+    request = ["--prompts", str(prompts), "--length", "6", "--num_samples", "2", "--seed", "5", "--order", "entropy"]
+    written = []
+    for size in (1, 3, 8):
+        output = tmp_path / f"{size}.jsonl"
+        assert main([checkpoint, *request, "--batch_size", str(size), "--output", str(output)]) == 0
+        written.append(output.read_bytes())
+    assert written[0] == written[1] == written[2]
+    records = [json.loads(line) for line in written[0].splitlines()]
+    assert [(r["request"], r["sample"]) for r in records] == [
+        (text if "MASK" in text else text + "[MASK:6]", k) for text in texts for k in range(2)
+    ]
+    assert records[0]["text"] != records[1]["text"]
+    assert records[0]["nfe"] == 6 and records[0]["tokens_per_forward"] == 1.0 and records[0]["order"] == "entropy"
+
+    alone = tmp_path / "alone.jsonl"
+    arguments = [checkpoint, "--infill", texts[3], "--seed", "5", "--order", "entropy", "--output", str(alone)]
+    assert main(arguments) == 0
+    assert json.loads(alone.read_text())["text"] == records[6]["text"]
+
+    stopped = tmp_path / "stopped.jsonl"
+    again = [checkpoint, *request, "--batch_size", "3", "--output", str(stopped), "--resume"]
+    for cut in (0, 3, len(written[0]) - 7, len(written[0])):
+        stopped.write_bytes(written[0][:cut])
+        assert main(again) == 0
+        assert stopped.read_bytes() == written[0]
+
+
+@pytest.mark.slow
+def test_a_file_of_another_command_is_not_continued(checkpoint, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    request = [checkpoint, "--prompt", "Once", "--length", "4", "--output", str(output), "--resume"]
+    assert main(request) == 0
+    before = output.read_bytes()
+    for change, message in (
+        (["--seed", "1"], "has another seed"),
+        (["--temperature", "0.5"], "has another temperature"),
+        (["--length", "5"], "has another request"),
+    ):
+        assert main([*request, *change]) == 2
+        assert message in capsys.readouterr().err and output.read_bytes() == before
+    output.write_text('{"text": "something else"}\n')
+    assert main(request) == 2 and "is no sample of this command" in capsys.readouterr().err
+    output.write_text("[]\n" * 9)
+    assert main(request) == 2 and "has 9 samples, more than these 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_watch_prints_each_step_and_compare_each_rule(checkpoint, capsys):
+    assert main([checkpoint, "--infill", "The Fox [MASK:3] the river.", "--watch"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    masks = [line.count("░") for line in lines if line.startswith("The Fox")]
+    assert masks == [2, 1, 0] and "3 model calls   1.00 tokens a call   0 masks left" in lines[-2]
+    rules = ["random", "threshold=0.5,cache=window"]
+    assert main([checkpoint, "--infill", "The Fox [MASK:3] the river.", "--compare", *rules]) == 0
+    table = capsys.readouterr().out
+    assert "random" in table and "threshold" in table and "tokens a call" in table and "river" in table
+
+
+@pytest.mark.parametrize("name", ["tiny", "llama2", "gpt2"])
+def test_pieces_join_to_the_text(name, tokenizer):
+    if name != "tiny":
+        if not SHARED.exists():
+            pytest.skip("the real tokenizers are not here")
+        tokenizer = AutoTokenizer.from_pretrained(SHARED / "data" / "tokenizers" / name)
+    text = "There was a naïve 🦊 — “said” the 王 king.  Two  spaces\nand lines"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = pieces(ids, tokenizer)
+    assert len(found) == len(ids) and "".join(found).strip() == text
+    middle = pieces([*ids[:3], 9, 9, *ids[3:]], tokenizer, unknown=9)
+    assert middle[:3] == found[:3] and middle[3:5] == ["░", "░"]

@@ -1,0 +1,185 @@
+"""From text with gaps to ids and back: what every tool that writes with a diffusion model needs.
+
+[MASK:n] stands for n unknown tokens; a text may have several.
+"""
+
+import hashlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+
+from common.errors import UserError
+from pretrain.model.modeling_diffullama import diffusion_class
+from pretrain.model.reading import uses_shift
+from pretrain.model.settings import SamplingSettings
+
+GAP = re.compile(r" ?\[MASK:(\d+)\]")  # the space before a gap belongs to the word to be found
+
+
+def load(checkpoint: str, trust_remote_code: bool = False, device: str | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of an exported checkpoint, in eval mode. Raises UserError where it is no diffusion model.
+
+    With `trust_remote_code` the code in the checkpoint runs, as with plain transformers. Without, this project's
+    own does, which computes the same.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        if getattr(config, "mask_token_id", None) is None:
+            kind = ", ".join(config.architectures or [config.model_type])
+            raise UserError(
+                f"{checkpoint} is an autoregressive model ({kind} without a mask_token_id), which transformers' "
+                "generate() continues; expected a masked diffusion model written by `python -m tools.export`"
+            )
+        if trust_remote_code:
+            model = AutoModelForMaskedLM.from_pretrained(checkpoint, trust_remote_code=True)
+        else:
+            model = diffusion_class(type(config)).from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().to(device), tokenizer
+
+
+def encode(text: str, tokenizer: Any, mask_token_id: int, start_token_id: int | None, shift: bool = True) -> list[int]:
+    """Ids of a text with [MASK:n] gaps.
+
+    With the shift nothing predicts a first token, so a gap at the front gets the start token before it. Raises
+    UserError where there is none.
+    """
+    parts = GAP.split(text)  # text, n, text, n, ..., text
+    ids: list[int] = []
+    for i, part in enumerate(parts):
+        if i % 2:
+            ids += [mask_token_id] * int(part)
+        elif part and not ids:
+            ids += tokenizer(part)["input_ids"]
+            if len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+                ids.pop()  # a tokenizer that ends texts by itself
+        elif part:
+            ids += _continuation(part, tokenizer)
+    if shift and (not ids or ids[0] == mask_token_id):
+        if start_token_id is None:
+            raise UserError("the text begins with a gap, and the checkpoint names no start token; begin with a word")
+        ids.insert(0, start_token_id)
+    return ids
+
+
+def _continuation(text: str, tokenizer: Any) -> list[int]:
+    """Ids of text in the middle: sentencepiece tokenizers put a space before a text on its own."""
+    before = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    joined = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+    if joined[: len(before)] == before:
+        return joined[len(before) :]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def pieces(ids: Sequence[int], tokenizer: Any, unknown: int | None = None) -> list[str]:
+    """The text of each token, so that they join to the decoded text; special tokens are "".
+
+    The token `unknown` gives "░". A character of several tokens stands where its last one does.
+    """
+    special = set(tokenizer.all_special_ids) - {unknown}
+    anchor = tokenizer("\n", add_special_tokens=False)["input_ids"]  # keeps the space before a first word
+    base = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+    found, run, said = [], list(anchor), base
+    for token in ids:
+        if token == unknown or token in special:
+            found.append("░" if token == unknown else "")
+            run, said = list(anchor), base
+            continue
+        run.append(token)
+        text = tokenizer.decode(run, clean_up_tokenization_spaces=False)
+        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")
+        found.append(text[len(said) :] if whole else "")
+        if whole:
+            run, said = run[-4:], tokenizer.decode(run[-4:], clean_up_tokenization_spaces=False)
+    return found
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to fill: `ids` with masks, and the number of the sample among those of the same text."""
+
+    text: str
+    ids: list[int]
+    sample: int = 0
+
+    def generator(self, seed: int) -> torch.Generator:
+        """Its own random numbers: of the seed, the text and the sample, whatever else is in the batch."""
+        key = hashlib.sha256(f"{seed}\n{self.sample}\n{self.text}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+
+
+def request(text: str, model: Any, tokenizer: Any, sample: int = 0) -> Request:
+    """Raises UserError for a text without a gap, one too long, or one that begins with a gap that nothing predicts."""
+    about = getattr(model.config, "diffusion", None) or {}
+    start = about.get("start_token_id", tokenizer.bos_token_id)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    wanted = sum(int(n) for n in GAP.findall(text))
+    if wanted == 0:
+        raise UserError(f"nothing to find in {_short(text)}: expected a gap such as [MASK:8]")
+    if limit and wanted > limit:
+        raise UserError(f"{wanted} tokens in gaps, but the model takes {limit}")
+    ids = encode(text, tokenizer, model.config.mask_token_id, start, uses_shift(model.config))
+    if limit and len(ids) > limit:
+        raise UserError(f"{len(ids)} tokens with the gaps, but the model takes {limit}")
+    return Request(text, ids, sample)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A filled text, and what it took. `seconds` are those of its whole batch."""
+
+    request: Request
+    text: str
+    nfe: int
+    tokens_per_forward: float
+    seconds: float
+
+
+def complete_all(
+    model: Any, tokenizer: Any, requests: Sequence[Request], seed: int, batch_size: int, settings: SamplingSettings
+) -> Iterator[list[Completion]]:
+    """The completions of the requests, a batch at a time and in their order."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    arguments = {name: value for name, value in vars(settings).items() if value is not None}
+    for begin in range(0, len(requests), batch_size):
+        batch = requests[begin : begin + batch_size]
+        width = max(len(r.ids) for r in batch)
+        ids = torch.tensor([[pad] * (width - len(r.ids)) + r.ids for r in batch], device=model.device)
+        real = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in batch], device=model.device)
+        began = time.perf_counter()
+        out = model.diffusion_generate(
+            ids,
+            attention_mask=real,
+            generator=[r.generator(seed) for r in batch],
+            return_dict_in_generate=True,
+            **arguments,
+        )
+        seconds = time.perf_counter() - began
+        texts = [tokenizer.decode(row[keep.bool()], skip_special_tokens=True) for row, keep in zip(out.sequences, real)]
+        counts = zip(batch, texts, out.nfe.tolist(), out.tokens_per_forward.tolist(), strict=True)
+        yield [Completion(r, text, nfe, per_forward, seconds) for r, text, nfe, per_forward in counts]
+
+
+def complete(
+    model: Any, tokenizer: Any, text: str, *, num_samples: int = 1, seed: int = 0, **settings: Any
+) -> list[str]:
+    """`num_samples` completions of a text with [MASK:n] gaps. Raises UserError for a text that is too long."""
+    try:
+        chosen = SamplingSettings(**settings)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    requests = [request(text, model, tokenizer, sample) for sample in range(num_samples)]
+    [batch] = complete_all(model, tokenizer, requests, seed, num_samples, chosen)
+    return [completion.text for completion in batch]
