@@ -50,6 +50,8 @@ setup(
             "gigatoken-cachefix",
             "datasets",  # an independent reader of our shards, in tests and benchmarks
             "pillow",
+            "gradio",
+            "playwright",  # drives a chromium that is there already; without one its tests skip
             "pytest",
             "pytest-xdist",
             "hypothesis",
@@ -61,6 +63,7 @@ setup(
             "setuptools>=77",
         ],
         "demo": ["gguf"],
+        "playground": ["gradio"],
     },
     entry_points={
         "console_scripts": [
@@ -68,6 +71,7 @@ setup(
             "diffullama-pretrain = pretrain.main:main",
             "diffullama-export = tools.export:main",
             "diffullama-generate = tools.generate:main",
+            "diffullama-playground = tools.playground:main",
             "diffullama-health = tools.health:main",
         ]
     },

@@ -95,6 +95,22 @@ def base_dir(tmp_path_factory, tokenizer_dir):
 
 
 @pytest.fixture(scope="session")
+def tiny_checkpoint(base_dir, tmp_path_factory) -> Path:
+    """A diffusion model as it is exported, of random weights and never trained."""
+    from pretrain import adapt
+    from pretrain.config import ModelConfig
+
+    model = ModelConfig(base=str(base_dir("llama")))
+    tokenizer = adapt.load_tokenizer(model)
+    mask = adapt.add_mask_token(tokenizer, model)
+    made = adapt.load_model(model, adapt.base_config(model, 32), mask, torch.float32)
+    folder = tmp_path_factory.mktemp("tiny_checkpoint")
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory, tokenizer_dir, tales) -> Path:
     """Two sources of tales, rows of 32 tokens, a tenth held out."""
     from data_prep.config import PrepareConfig, SourceConfig
