@@ -6,6 +6,9 @@ STEPS  ?=
 # `make bench`: JSONL with a field `text`, 50 MB or more to be telling, and the tokenizer to use
 TEXT      ?= data_prep/demo/tales.jsonl
 TOKENIZER ?= gpt2
+# … and an exported checkpoint with its autoregressive base; default: those of the demo, where it has run
+CHECKPOINT ?= $(shell ls -d runs/demo/step_*/ 2>/dev/null | sort -V | tail -1)
+BASE       ?= runs/base/SmolLM2-135M-Instruct
 
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -53,6 +56,7 @@ test: lint typecheck ## lint, type check and all tests
 bench: setup .venv-bench/.installed ## measure beside the alternatives; writes the tables in benchmarks/
 	$(BIN)/python benchmarks/corpus.py $(TEXT) --tokenizer $(TOKENIZER) --peers .venv-bench/bin/python
 	$(BIN)/python benchmarks/attention.py
+	$(if $(CHECKPOINT),$(BIN)/python benchmarks/decoding.py $(CHECKPOINT) --base $(BASE),@echo "decoding is not measured: no CHECKPOINT, and make demo has not run")
 
 gpu-check: setup ## on a CUDA machine: backends against the reference, then their speed
 	$(BIN)/python -m pytest -q tests/gpu

@@ -55,7 +55,7 @@ class Film:
         number = len(self.frames)
         self.steps = [number if new else step for new, step in zip(committed, self.steps)]
         confidence = state.confidence[0].nan_to_num().tolist()
-        self.frames.append(self._frame(state.ids[0].tolist(), confidence, committed, int(state.forwards[0])))
+        self.frames.append(self._frame(state.ids[0].tolist(), confidence, committed, int(state.nfe[0])))
         return self.frames[-1]
 
     def _frame(self, ids: list[int], confidence: list[float], committed: list[bool], calls: int) -> Frame:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from common.errors import UserError
+from pretrain.model.generation import settings_from
 from pretrain.model.modeling_diffullama import diffusion_class
 from pretrain.model.reading import uses_shift
 from pretrain.model.settings import SamplingSettings
@@ -40,25 +42,44 @@ def load(checkpoint: str, trust_remote_code: bool = False, device: str | None = 
         else:
             model = diffusion_class(type(config)).from_pretrained(checkpoint)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{checkpoint} cannot be loaded: {reason}") from None
+    if not config.mask_token_id < model.get_input_embeddings().weight.shape[0]:
+        rows = model.get_input_embeddings().weight.shape[0]
+        raise UserError(f"{checkpoint}: mask_token_id is {config.mask_token_id}, the vocabulary has 0 to {rows - 1}")
+    if not hasattr(model, "diffusion_states"):
+        raise UserError(
+            f"the code in {checkpoint} is of an older version, which takes fewer settings; leave --trust_remote_code "
+            "out to use this project's, or export the checkpoint again"
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval().to(device), tokenizer
 
 
+def gap_lengths(text: str) -> list[int]:
+    """The n of each [MASK:n]. Raises UserError for one that is no length."""
+    found = GAP.findall(text)
+    for digits in found:
+        if len(digits) > 9:
+            raise UserError(f"[MASK:{digits[:12]}…] asks for more tokens than any text has")
+    return [int(digits) for digits in found]
+
+
 def encode(text: str, tokenizer: Any, mask_token_id: int, start_token_id: int | None, shift: bool = True) -> list[int]:
-    """Ids of a text with [MASK:n] gaps.
+    """Ids of a text with [MASK:n] gaps. What looks like a special token is text.
 
     With the shift nothing predicts a first token, so a gap at the front gets the start token before it. Raises
     UserError where there is none.
     """
     parts = GAP.split(text)  # text, n, text, n, ..., text
+    gap_lengths(text)
     ids: list[int] = []
     for i, part in enumerate(parts):
         if i % 2:
             ids += [mask_token_id] * int(part)
         elif part and not ids:
-            ids += tokenizer(part)["input_ids"]
+            ids += tokenizer(part, split_special_tokens=True)["input_ids"]
             if len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
                 ids.pop()  # a tokenizer that ends texts by itself
         elif part:
@@ -72,11 +93,12 @@ def encode(text: str, tokenizer: Any, mask_token_id: int, start_token_id: int | 
 
 def _continuation(text: str, tokenizer: Any) -> list[int]:
     """Ids of text in the middle: sentencepiece tokenizers put a space before a text on its own."""
-    before = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    joined = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    before = tokenizer("\n", **plain)["input_ids"]
+    joined = tokenizer("\n" + text, **plain)["input_ids"]
     if joined[: len(before)] == before:
         return joined[len(before) :]
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text, **plain)["input_ids"]
 
 
 def pieces(ids: Sequence[int], tokenizer: Any, unknown: int | None = None) -> list[str]:
@@ -85,20 +107,26 @@ def pieces(ids: Sequence[int], tokenizer: Any, unknown: int | None = None) -> li
     The token `unknown` gives "░". A character of several tokens stands where its last one does.
     """
     special = set(tokenizer.all_special_ids) - {unknown}
+
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
     anchor = tokenizer("\n", add_special_tokens=False)["input_ids"]  # keeps the space before a first word
-    base = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
-    found, run, said = [], list(anchor), base
-    for token in ids:
+    base = decode(anchor)
+    found: list[str] = []
+    run, said = list(anchor), base
+    for token, after in zip(ids, [*ids[1:], None]):
         if token == unknown or token in special:
             found.append("░" if token == unknown else "")
             run, said = list(anchor), base
             continue
         run.append(token)
-        text = tokenizer.decode(run, clean_up_tokenization_spaces=False)
-        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")
+        text = decode(run)
+        ends = after is None or after == unknown or after in special
+        whole = ends or not text.endswith("\N{REPLACEMENT CHARACTER}")  # else the rest of a character is to come
         found.append(text[len(said) :] if whole else "")
         if whole:
-            run, said = run[-4:], tokenizer.decode(run[-4:], clean_up_tokenization_spaces=False)
+            run, said = run[-4:], decode(run[-4:])
     return found
 
 
@@ -121,7 +149,7 @@ def request(text: str, model: Any, tokenizer: Any, sample: int = 0) -> Request:
     about = getattr(model.config, "diffusion", None) or {}
     start = about.get("start_token_id", tokenizer.bos_token_id)
     limit = getattr(model.config, "max_position_embeddings", None)
-    wanted = sum(int(n) for n in GAP.findall(text))
+    wanted = sum(gap_lengths(text))
     if wanted == 0:
         raise UserError(f"nothing to find in {_short(text)}: expected a gap such as [MASK:8]")
     if limit and wanted > limit:
@@ -148,11 +176,20 @@ class Completion:
 
 
 def complete_all(
-    model: Any, tokenizer: Any, requests: Sequence[Request], seed: int, batch_size: int, settings: SamplingSettings
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[Request],
+    seed: int,
+    batch_size: int,
+    settings: SamplingSettings,
+    ignore_eos: bool = False,
 ) -> Iterator[list[Completion]]:
-    """The completions of the requests, a batch at a time and in their order."""
+    """The completions of the requests, a batch at a time and in their order.
+
+    With `ignore_eos` no end-of-text token ends a text.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    arguments = {name: value for name, value in vars(settings).items() if value is not None}
+    ends = {"eos_token_id": -1} if ignore_eos else {}
     for begin in range(0, len(requests), batch_size):
         batch = requests[begin : begin + batch_size]
         width = max(len(r.ids) for r in batch)
@@ -164,7 +201,8 @@ def complete_all(
             attention_mask=real,
             generator=[r.generator(seed) for r in batch],
             return_dict_in_generate=True,
-            **arguments,
+            **vars(settings),
+            **ends,
         )
         seconds = time.perf_counter() - began
         texts = [tokenizer.decode(row[keep.bool()], skip_special_tokens=True) for row, keep in zip(out.sequences, real)]
@@ -181,5 +219,20 @@ def complete(
     except ValueError as error:
         raise UserError(str(error)) from None
     requests = [request(text, model, tokenizer, sample) for sample in range(num_samples)]
-    [batch] = complete_all(model, tokenizer, requests, seed, num_samples, chosen)
-    return [completion.text for completion in batch]
+    batches = complete_all(model, tokenizer, requests, seed, max(1, num_samples), chosen)
+    return [completion.text for batch in batches for completion in batch]
+
+
+def settings_of(model: Any, given: dict[str, Any]) -> SamplingSettings:
+    """The settings given, and for the others the checkpoint's defaults. Raises UserError for bad ones.
+
+    0 steps, a block of 0 or the cache "none" stand for none, whatever the defaults.
+    """
+    chosen = dict(given)
+    for name, none in (("steps", 0), ("block_length", 0), ("top_k", 0), ("refresh_every", 0), ("cache", "none")):
+        if chosen.get(name) == none:
+            chosen[name] = None
+    try:
+        return settings_from(getattr(model, "generation_config", None), chosen)
+    except ValueError as error:
+        raise UserError(str(error)) from None

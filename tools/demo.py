@@ -41,6 +41,7 @@ PROMPTS = [
     "The youngest son went into the forest, and there he [MASK:10] under a tree.",
 ]
 FREE_PROMPT = "Once upon a time"
+ORDERS = ("entropy", "left_to_right")  # of filling: those that read best in benchmarks/decoding.md, the best first
 
 
 def run(title: str, command: list[str], output: Path, show: bool = False) -> None:
@@ -169,21 +170,23 @@ def texts(checkpoint: Path, output: Path, *request: str) -> list[str]:
     return [json.loads(line)["text"] for line in output.read_text(encoding="utf-8").splitlines()]
 
 
-def infill(checkpoint: Path) -> list[str]:
-    """The PROMPTS with their gaps filled, the most confident tokens first."""
+def infill(checkpoint: Path, order: str) -> list[str]:
+    """The PROMPTS with their gaps filled in an order, one token a step, each the most probable."""
     asked = [argument for prompt in PROMPTS for argument in ("--infill", prompt)]
-    greedy = ["--order", "confidence", "--temperature", "0", "--steps", "10"]
-    return texts(checkpoint, checkpoint.with_suffix(".infilled.jsonl"), *asked, *greedy)
+    greedy = ["--order", order, "--temperature", "0"]
+    return texts(checkpoint, checkpoint.with_suffix(f".{order}.jsonl"), *asked, *greedy)
 
 
-def write_freely(checkpoint: Path) -> str:
+def write_freely(checkpoint: Path, order: str) -> str:
     """48 tokens after FREE_PROMPT."""
-    sampling = ["--prompt", FREE_PROMPT, "--length", "48", "--steps", "48", "--top_p", "0.9", "--temperature", "0.7"]
-    return texts(checkpoint, checkpoint.with_suffix(".free.jsonl"), *sampling)[0]
+    sampling = ["--prompt", FREE_PROMPT, "--length", "48", "--top_p", "0.9", "--temperature", "0.7", "--order", order]
+    return texts(checkpoint, checkpoint.with_suffix(f".{order}.free.jsonl"), *sampling)[0]
 
 
-def summary(run_dir: Path, checkpoint: Path, before: list[str], after: list[str], free: str) -> str:
-    """The page at the end."""
+def summary(
+    run_dir: Path, checkpoint: Path, before: list[str], after: dict[str, list[str]], free: dict[str, str]
+) -> str:
+    """The page at the end. `after` and `free` are by order."""
     validated = [m for m in read_metrics(run_dir) if "val_nelbo" in m]
     first, last = validated[0], validated[-1]
     rows = [("masked CE, t = " + t, f"val_masked_ce_t{t}") for t in ("0.15", "0.5", "0.9")] + [("NELBO", "val_nelbo")]
@@ -191,16 +194,18 @@ def summary(run_dir: Path, checkpoint: Path, before: list[str], after: list[str]
         f"\n══ SmolLM2-135M, {last['step']} steps = {last['tokens']:,} tokens of tales, causal → bidirectional",
         f"\n{'held-out, nats a token':<24}{'before':>8}{'after':>8}",
         *(f"{name:<24}{first[key]:>8.2f}{last[key]:>8.2f}" for name, key in rows),
-        "\ninfilling, most confident first:",
+        f"\ninfilling before ({ORDERS[0]}) and after, in two orders of filling:",
     ]
-    for prompt, untrained, trained in zip(PROMPTS, before, after):
-        lines += [f"  asked   {prompt}", f"  before  {untrained}", f"  after   {trained}", ""]
+    for k, (prompt, untrained) in enumerate(zip(PROMPTS, before)):
+        lines += [f"  {'asked':<15}{prompt}", f"  {'before':<15}{untrained}"]
+        lines += [*(f"  {order:<15}{texts_[k]}" for order, texts_ in after.items()), ""]
     lines += [
-        "free generation, 48 tokens in 48 steps (poor after so few tokens; that is expected):",
-        f"  {free}",
-        f"\ncheckpoint  {checkpoint}   (AutoModel.from_pretrained(..., trust_remote_code=True))",
-        f"figures     {run_dir / 'loss.png'}, {run_dir / 'health.png'}",
-        f"metrics     {run_dir / 'metrics.jsonl'}",
+        "free generation, 48 tokens one at a time (poor after so few tokens; that is expected):",
+        *(f"  {order:<15}{text}" for order, text in free.items()),
+        f"\nwatch it       python -m tools.playground {checkpoint} --base {BASE}",
+        f"checkpoint     {checkpoint}   (AutoModel.from_pretrained(..., trust_remote_code=True))",
+        f"figures        {run_dir / 'loss.png'}, {run_dir / 'health.png'}",
+        f"metrics        {run_dir / 'metrics.jsonl'}",
     ]
     return "\n".join(lines)
 
@@ -221,9 +226,9 @@ def demo(steps: int | None) -> None:
         log.info("stopped at step %d of %d, so as not to take too long; run it again to go on", done, plan["steps"])
     untrained = export(run_dir, "step_0", "--step", "0")
     trained = export(run_dir, f"step_{done}")
-    before = infill(untrained)
-    after = infill(trained)
-    free = write_freely(trained)
+    before = infill(untrained, ORDERS[0])
+    after = {order: infill(trained, order) for order in ORDERS}
+    free = {order: write_freely(trained, order) for order in ORDERS}
     loss_figure([run_dir], run_dir / "loss.png")
     log.info("\n%s", examine(run_dir))
     page = summary(run_dir, trained, before, after, free)

@@ -26,7 +26,14 @@ from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from huggingface_hub.constants import SAFETENSORS_WEIGHTS_FILE_PATTERN
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from common.cli import command, make_parser
 from common.errors import UserError
@@ -40,6 +47,7 @@ from .run_folder import RunFolder, read_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_SIZE = "4GB"
+DECODING = {"order": "entropy", "temperature": 1.0}  # exact at one token a step; reads best in benchmarks/decoding.md
 
 
 class Weight(Protocol):
@@ -86,6 +94,8 @@ def export(
             model.save_code(folder)
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if isinstance(model, DiffusionModel):
+            generation_defaults(model.config, tokenizer).save_pretrained(folder)
         (folder / "README.md").write_text(model_card(run, model, about), encoding="utf-8")
     return out_dir
 
@@ -141,6 +151,12 @@ def _describe(model: PreTrainedModel, about: dict) -> None:
     config.use_cache = True  # training goes without; decoding from left to right would be slow
     if hasattr(config, "auto_map"):  # of a diffusion model that the run began with
         del config.auto_map
+
+
+def generation_defaults(config: Any, tokenizer: Any) -> GenerationConfig:
+    """generation_config.json: what `diffusion_generate` does unless it is told otherwise."""
+    special = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")}
+    return GenerationConfig(do_sample=True, **DECODING, **special, pad_token_id=tokenizer.pad_token_id)
 
 
 def matched_weights(weights: Mapping[str, Weight], model: PreTrainedModel) -> dict[str, Weight]:
@@ -241,8 +257,11 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModel.from_pretrained(path, trust_remote_code=True)
 text = "Once upon a time there was a" + tokenizer.mask_token * 6 + " who lived in a castle."
 ids = tokenizer(text, return_tensors="pt").input_ids
-print(tokenizer.decode(model.diffusion_generate(ids, steps=6, order="confidence", temperature=0)[0]))
+print(tokenizer.decode(model.diffusion_generate(ids, temperature=0)[0]))
 ```
+
+`generation_config.json` holds the defaults: one token a step, the position with the lowest entropy first. `order`,
+`block_length`, `threshold`, `entropy_bound`, `cache="window"`, `streamer` and others are in the docstring.
 
 `forward(input_ids).logits[:, i]` predict token i; {reads}
 

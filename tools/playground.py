@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from threading import Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
@@ -24,8 +24,7 @@ from common.errors import UserError
 from pretrain.model.rules import ORDERS
 
 from .animation import COLOURS, CSS, Film, legend, render
-from .decoding import GAP, Request, load, request
-from .generate import settings_of
+from .decoding import GAP, Request, gap_lengths, load, request, settings_of
 
 EXAMPLES = [
     "Once upon a time there was a [MASK:6] who lived in a castle with her father the king.",
@@ -34,6 +33,10 @@ EXAMPLES = [
 ]
 USERS = 2  # who are served at a time; others wait in a queue and see their place
 RULES = ("none", "threshold", "factor", "entropy_bound")
+UNSET = {  # controls in which 0 means none, and whether they hold whole numbers
+    "steps": True, "block_length": True, "top_k": True, "refresh_every": True, "top_p": False, "min_p": False,
+    "repetition_penalty": False, "kl_threshold": False, "verify_threshold": False, "remasking": False,
+}  # fmt: skip
 
 
 class Writer:
@@ -42,15 +45,15 @@ class Writer:
     def __init__(self, model: Any, tokenizer: Any, base: Any = None, base_tokenizer: Any = None, most: int = 512):
         self.model, self.tokenizer, self.most = model, tokenizer, most
         self.base, self.base_tokenizer = base, base_tokenizer
+        self.base_is_free = Lock()  # transformers' generate draws from torch's one generator
 
     def asked(self, text: str, length: int) -> Request:
         """Raises UserError for a text that cannot be filled."""
-        text = text or ""
         if len(text) > 40 * self.most:
             raise UserError(f"{len(text):,} characters are more than this page takes ({40 * self.most:,}); shorten it")
         if not GAP.search(text):
-            text = f"{text}[MASK:{int(length)}]"
-        wanted = sum(int(n) for n in GAP.findall(text))
+            text = f"{text}[MASK:{length}]"
+        wanted = sum(gap_lengths(text))
         if wanted > self.most:
             raise UserError(f"{wanted} tokens in gaps are more than this page writes at a time ({self.most})")
         return request(text, self.model, self.tokenizer)
@@ -60,54 +63,85 @@ class Writer:
         asked = self.asked(text, length)
         settings = settings_of(self.model, given)
         film = Film(asked.ids, self.tokenizer, self.model.config.mask_token_id)
-        arguments = {name: value for name, value in vars(settings).items() if value is not None}
-        began = time.perf_counter()
         states = self.model.diffusion_states(
-            torch.tensor([asked.ids], device=self.model.device), generator=asked.generator(int(seed)), **arguments
+            torch.tensor([asked.ids], device=self.model.device), generator=asked.generator(seed), **vars(settings)
         )
         total = settings.steps or asked.ids.count(self.model.config.mask_token_id)  # for the colours of steps
         yield render(film.frames[0], colour, total), facts(0, 0, 0.0), film
+        spent, began = 0.0, time.perf_counter()  # of decoding, without drawing
         for state in states:
+            spent += time.perf_counter() - began
             frame = film.add(state)
-            spent = time.perf_counter() - began
             yield render(frame, colour, total), facts(frame.found, frame.calls, spent), film
-        yield render(film.frames[-1], colour, len(film.frames) - 1), facts(frame.found, frame.calls, spent), film
+            began = time.perf_counter()
+        frame = film.frames[-1]
+        yield render(frame, colour, len(film.frames) - 1), facts(frame.found, frame.calls, spent), film
 
     def write_with_base(self, text: str, length: int, seed: int, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
         """(HTML of the text, of the facts) of the AR model, which continues what stands before the first gap."""
-        prompt, *rest = GAP.split(text or "")
-        count = sum(int(n) for n in GAP.findall(text or "")) or int(length)
-        ids = self.base_tokenizer(prompt, return_tensors="pt") if prompt else None
-        if ids is None:
-            start = self.base_tokenizer.bos_token_id or self.base_tokenizer.eos_token_id
-            ids = {"input_ids": torch.tensor([[start]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
-        streamer = TextIteratorStreamer(self.base_tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+        prompt = GAP.split(text)[0]
+        count = sum(gap_lengths(text)) or length
+        ids = self._base_ids(prompt, count)
+        stopped = Event()
+        streamer = _Counting(self.base_tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
         sampling: dict[str, Any] = {"do_sample": given.get("temperature", 1.0) > 0}
         if sampling["do_sample"]:
-            sampling.update({k: given[k] for k in ("temperature", "top_p", "top_k") if given.get(k)})
+            sampling.update({k: given[k] for k in ("temperature", "top_p", "top_k", "min_p") if given.get(k)})
+            sampling["temperature"] = float(given.get("temperature", 1.0))
         failed: list[Exception] = []
 
         def run() -> None:
-            torch.manual_seed(int(seed))
-            try:
-                self.base.generate(
-                    **{k: v.to(self.base.device) for k, v in ids.items()},
-                    max_new_tokens=count, streamer=streamer, **sampling,
-                )  # fmt: skip
-            except Exception as error:  # of a library's thread: shown on the page, not lost
-                failed.append(error)
-                streamer.end()
+            with self.base_is_free:
+                torch.manual_seed(seed)
+                try:
+                    self.base.generate(
+                        ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=count,
+                        pad_token_id=0,
+                        streamer=streamer,
+                        stopping_criteria=[lambda ids, scores, **_: torch.full((len(ids),), stopped.is_set())],
+                        **sampling,
+                    )
+                except Exception as error:  # of a library's thread: shown on the page, not lost
+                    failed.append(error)
+                    streamer.end()
 
         Thread(target=run, daemon=True).start()
         began, written = time.perf_counter(), ""
-        for piece in streamer:
-            written += piece
-            found = len(self.base_tokenizer(written, add_special_tokens=False)["input_ids"])
-            yield _plain(prompt, written), facts(found, found, time.perf_counter() - began)
+        try:
+            for piece in streamer:
+                written += piece
+                yield _plain(prompt, written), facts(streamer.count, streamer.count, time.perf_counter() - began)
+        finally:  # the page may have been closed, or Stop pressed
+            stopped.set()
         if failed:
             raise UserError(f"the base model failed: {failed[0]}")
-        if rest and any(part.strip() for part in rest[1::2]):
-            yield _plain(prompt, written), facts(found, found, time.perf_counter() - began) + NO_INFILLING
+        line = facts(streamer.count, streamer.count, time.perf_counter() - began)
+        between = GAP.split(text)[2::2]
+        yield _plain(prompt, written), line + (NO_INFILLING if any(part.strip() for part in between) else "")
+
+    def _base_ids(self, prompt: str, count: int) -> torch.Tensor:
+        """(1, L) ids of a prompt for the AR model. Raises UserError for one that it cannot begin with."""
+        ids = self.base_tokenizer(prompt, split_special_tokens=True)["input_ids"] if prompt else []
+        starts = [self.base_tokenizer.bos_token_id, self.base_tokenizer.eos_token_id]
+        ids = ids or [token for token in starts if token is not None][:1]
+        if not ids:
+            raise UserError("the base model has no start token; begin the text with a word")
+        limit = getattr(self.base.config, "max_position_embeddings", None)
+        if limit and len(ids) + count > limit:
+            raise UserError(f"{len(ids) + count} tokens, but the base model takes {limit}")
+        return torch.tensor([ids], device=self.base.device)
+
+
+class _Counting(TextIteratorStreamer):
+    """Counts the new tokens that it gets."""
+
+    count = -1  # the first call brings the prompt
+
+    def put(self, value: torch.Tensor) -> None:
+        self.count += 1 if self.count < 0 else value.numel()
+        super().put(value)
 
 
 NO_INFILLING = "<div>It writes from left to right, and does not see what stands after a gap.</div>"
@@ -133,17 +167,22 @@ def trouble(message: object) -> str:
 
 
 def chosen_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """SamplingSettings' names from the page's controls, in which 0 or "" means: not set."""
-    given: dict[str, Any] = {"order": values["order"], "temperature": values["temperature"]}
-    for name in ("steps", "block_length", "top_k", "top_p", "remasking"):
-        if values[name]:
-            given[name] = values[name] if name in ("top_p", "remasking") else int(values[name])
+    """SamplingSettings' names from the page's controls; what is 0 there is not set, whatever the defaults.
+
+    Raises UserError for a control that was emptied.
+    """
+    for name in ("length", "seed", "temperature", "level", *UNSET):
+        if values[name] is None:
+            raise UserError(f"{name} is empty, expected a number")
+        if abs(values[name]) > 1e9:
+            raise UserError(f"{name} is {values[name]:g}, expected a number below 1e9")
+    given = {name: (int(values[name]) if whole else values[name]) or None for name, whole in UNSET.items()}
+    given |= {"order": values["order"], "temperature": float(values["temperature"])}
     if values["rule"] != "none":
         given[values["rule"]] = values["level"]
-    if values["verify_threshold"]:
-        given["verify_threshold"] = values["verify_threshold"]
-    if values["cache"]:
-        given["cache"] = "window"
+    given["cache"] = "window" if values["cache"] else None
+    if given["remasking"] is None:
+        given["remasking"] = 0.0
     return given
 
 
@@ -177,16 +216,17 @@ def build(writer: Writer, name: str, gradio: Any) -> Any:
 
         def run(text_: str, colour_: str, *values: Any) -> Iterator[tuple]:
             found = dict(zip(names, values))
-            given = chosen_settings(found)
             same = gradio.skip()
             try:
-                for body, line, film_ in writer.write(text_, found["length"], found["seed"], colour_, **given):
+                given = chosen_settings(found)
+                length, seed = int(found["length"]), int(found["seed"])
+                for body, line, film_ in writer.write(text_, length, seed, colour_, **given):
                     last = len(film_.frames) - 1
                     yield body, line, film_, gradio.Slider(maximum=max(1, last), value=last), same, same
                 if writer.base is not None:
-                    for body, line in writer.write_with_base(text_, found["length"], found["seed"], given):
+                    for body, line in writer.write_with_base(text_, length, seed, given):
                         yield same, same, same, same, body, line
-            except UserError as error:
+            except (UserError, ValueError, RuntimeError) as error:
                 yield same, trouble(error), same, same, same, same
 
         def look(film_: Film | None, number: int, colour_: str) -> tuple:
@@ -211,7 +251,9 @@ def _controls(gradio: Any, most: int) -> dict[str, Any]:
         found["seed"] = gradio.Number(0, label="Seed", precision=0)
     with gradio.Row():
         found["order"] = gradio.Dropdown(list(ORDERS), value="entropy", label="Order", elem_id="order")
-        found["temperature"] = gradio.Slider(0, 2, value=0.7, step=0.05, label="Temperature", info="0: the likeliest")
+        found["temperature"] = gradio.Slider(
+            0, 2, value=0.7, step=0.05, label="Temperature", info="0: the likeliest", elem_id="temperature"
+        )
     with gradio.Row():
         found["steps"] = gradio.Number(0, label="Steps", info="0: one a token", precision=0, elem_id="steps")
         found["block_length"] = gradio.Number(0, label="Block length", info="0: one block", precision=0)
@@ -220,12 +262,17 @@ def _controls(gradio: Any, most: int) -> dict[str, Any]:
             found["rule"] = gradio.Dropdown(list(RULES), value="none", label="Adaptive rule", elem_id="rule")
             found["level"] = gradio.Number(0.9, label="Its level", info="probability, factor or nats")
         with gradio.Row():
-            found["verify_threshold"] = gradio.Number(0, label="Verify below (WINO)", info="0: no; with a threshold")
-            found["remasking"] = gradio.Number(0, label="Remasking", info="0: no; a probability")
+            found["kl_threshold"] = gradio.Number(0, label="Moved less than (KLASS)", info="nats; with a threshold")
+            found["verify_threshold"] = gradio.Number(0, label="Verify below (WINO)", info="with a threshold")
+            found["remasking"] = gradio.Number(0, label="Remasking", info="a probability")
         with gradio.Row():
             found["top_k"] = gradio.Number(0, label="Top k", info="0: all", precision=0)
+            found["min_p"] = gradio.Number(0, label="Min p")
+            found["repetition_penalty"] = gradio.Number(0, label="Repetition penalty", info="0: none; 1.2 is usual")
             found["top_p"] = gradio.Slider(0.05, 1, value=1.0, step=0.05, label="Top p")
-        found["cache"] = gradio.Checkbox(False, label="Window cache", info="faster with blocks; an approximation")
+        with gradio.Row():
+            found["cache"] = gradio.Checkbox(False, label="Window cache", info="faster with blocks; an approximation")
+            found["refresh_every"] = gradio.Number(0, label="Full pass every", info="steps of a block", precision=0)
     return found
 
 
@@ -265,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
 
     theme = Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
     try:
-        page.queue(max_size=64).launch(server_name=args.host, server_port=args.port, css=CSS, theme=theme)
+        page.queue(max_size=64).launch(server_name=args.host, server_port=args.port, share=False, css=CSS, theme=theme)
     except OSError as error:
         raise UserError(f"port {args.port} cannot be used: {error}") from None
     return 0

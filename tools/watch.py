@@ -25,19 +25,21 @@ def page(state: State, row: list[int], tokenizer: Any, mask_token_id: int, step:
     ):
         style = MASK if missing else NEW if new else FOUND if token == mask_token_id else GIVEN
         text.append(piece, style)
-    left, calls = sum(masked), int(state.forwards[0])
+    left, calls = sum(masked), int(state.nfe[0])
     found = row.count(mask_token_id) - left
     line = f"step {step}   {calls} model calls   {found / max(1, calls):.2f} tokens a call   {left} masks left"
     return Group(text, Text(line, "dim"))
 
 
 @torch.no_grad()
-def watch(model: Any, tokenizer: Any, request: Request, seed: int, settings: SamplingSettings) -> None:
+def watch(
+    model: Any, tokenizer: Any, request: Request, seed: int, settings: SamplingSettings, ignore_eos: bool = False
+) -> None:
     """Fill a request and show each step in its place; where the output is no terminal, each step on its own lines."""
     console = Console(highlight=False)
-    arguments = {name: value for name, value in vars(settings).items() if value is not None}
+    ends = {"eos_token_id": -1} if ignore_eos else {}
     states = model.diffusion_states(
-        torch.tensor([request.ids], device=model.device), generator=request.generator(seed), **arguments
+        torch.tensor([request.ids], device=model.device), generator=request.generator(seed), **vars(settings), **ends
     )
     mask = model.config.mask_token_id
     began = time.perf_counter()

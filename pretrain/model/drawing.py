@@ -24,14 +24,14 @@ def warpers(
 ) -> LogitsProcessorList:
     """transformers' own, in the order of its `generate`; those that would change nothing are left out."""
     chosen = LogitsProcessorList()
-    if repetition_penalty not in (None, 1.0):
-        chosen.append(RepetitionPenaltyLogitsProcessor(penalty=repetition_penalty))
+    if repetition_penalty is not None and repetition_penalty != 1:
+        chosen.append(RepetitionPenaltyLogitsProcessor(penalty=float(repetition_penalty)))
     if temperature < GREEDY_BELOW:
         return chosen
     if temperature != 1.0:
-        chosen.append(TemperatureLogitsWarper(temperature))
+        chosen.append(TemperatureLogitsWarper(float(temperature)))
     if top_k:
-        chosen.append(TopKLogitsWarper(top_k))
+        chosen.append(TopKLogitsWarper(int(top_k)))
     if top_p is not None and top_p < 1:
         chosen.append(TopPLogitsWarper(top_p))
     if min_p:
@@ -42,7 +42,7 @@ def warpers(
 def invert(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """(N,): for each row of `logits` (N, V) the token at which its cumulative probability passes `uniform` (N,).
 
-    A token without probability is never taken. One number a token: the same text on any device, in any batch.
+    A token without probability is never taken. One number a token: the same text in any batch.
     """
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
@@ -55,17 +55,17 @@ class Uniform:
     """
 
     def __init__(self, generators: Sequence[torch.Generator], masks: torch.Tensor):
-        self.generators, self.masks = generators, masks
-        self.counts: list[int] = masks.sum(dim=1).tolist()
+        self.generators, self.shape, self.device = generators, masks.shape, masks.device
+        self.places = [row.nonzero()[:, 0] for row in masks.cpu()]
 
     def draw(self, active: torch.Tensor) -> torch.Tensor:
         """(B, L) float64 in [0, 1) at the masks of the rows in `active` (B,); zeros elsewhere."""
-        numbers = torch.zeros(self.masks.shape, dtype=torch.float64)
+        numbers = torch.zeros(self.shape, dtype=torch.float64)
         for row in active.nonzero().flatten().tolist():
-            generator = self.generators[row]
-            drawn = torch.rand(self.counts[row], dtype=torch.float64, generator=generator, device=generator.device)
-            numbers[row, self.masks[row].cpu()] = drawn.cpu()
-        return numbers.to(self.masks.device)
+            generator, place = self.generators[row], self.places[row]
+            drawn = torch.rand(len(place), dtype=torch.float64, generator=generator, device=generator.device)
+            numbers[row, place] = drawn.cpu()
+        return numbers.to(self.device)
 
 
 def generators_of(generator: torch.Generator | Sequence[torch.Generator] | None, rows: int) -> list[torch.Generator]:

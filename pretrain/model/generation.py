@@ -12,6 +12,8 @@ from .sampling import State, states
 from .settings import NAMES, SamplingSettings
 
 PASSED_ON = ("generator", "streamer", "return_dict_in_generate")
+RULES = ("order", "threshold", "factor", "entropy_bound", "kl_threshold", "verify_threshold")  # one replaces all
+CACHE = ("cache", "refresh_every")
 
 
 @dataclass
@@ -21,7 +23,7 @@ class DiffusionGenerateOutput(ModelOutput):
     sequences: torch.Tensor | None = None  # (B, L)
     nfe: torch.Tensor | None = None  # (B,): model calls that each row took
     tokens_per_forward: torch.Tensor | None = None  # (B,): found tokens ÷ nfe; what an end-of-text cut off is not found
-    step_of: torch.Tensor | None = None  # (B, L): the step that committed each token, from 0; -1: given or cut off
+    step_of: torch.Tensor | None = None  # (B, L): the state that each token came with, from 0; -1: given or cut off
     confidence: torch.Tensor | None = None  # (B, L): as in State
     history: tuple[torch.Tensor, ...] | None = None  # ids (B, L) after each step
 
@@ -42,15 +44,36 @@ def append_masks(
     return ids, attention_mask.gather(1, source).masked_fill(new, 1)
 
 
+def settings_from(defaults: Any, given: dict[str, Any]) -> SamplingSettings:
+    """The settings given by name, and for the others those of a GenerationConfig, or of SamplingSettings.
+
+    What is given, though it be None, counts before the defaults; and one rule given replaces all rules of the defaults
+    (RULES), one setting of the cache all of the cache's. Raises ValueError for bad ones.
+    """
+    chosen = dict(given)
+    for name in ("temperature", "remasking", "compile"):  # they have no None
+        if chosen.get(name, 0) is None:
+            del chosen[name]
+    replaced = {name for group in (RULES, CACHE) if not chosen.keys().isdisjoint(group) for name in group}
+    for name in NAMES:
+        value = getattr(defaults, name, None)
+        if value is not None and name not in replaced:
+            chosen.setdefault(name, value)
+    if "temperature" not in given and getattr(defaults, "do_sample", None) is False:
+        chosen["temperature"] = 0.0
+    return SamplingSettings(**chosen)
+
+
 def decoding_arguments(
     model: Any,
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     max_new_tokens: int | None = None,
     generation_config: GenerationConfig | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | torch.Tensor | None = None,
     mask_token_id: int | None = None,
     do_sample: bool | None = None,
+    token_type_ids: torch.Tensor | None = None,  # what tokenizers give; it changes nothing here
     **kwargs: Any,
 ) -> dict[str, Any]:
     """The arguments of `generate`, from those of `diffusion_generate`; what is not given, from `generation_config`.
@@ -62,31 +85,29 @@ def decoding_arguments(
     others = {name: kwargs.pop(name) for name in PASSED_ON if name in kwargs}
     if kwargs:
         raise TypeError(f"diffusion_generate() takes no {', '.join(kwargs)}")
-    if given.get("temperature", 0) is None:
-        del given["temperature"]
-    for name in NAMES:
-        value = getattr(defaults, name, None)
-        if value is not None:
-            given.setdefault(name, value)
     if do_sample is False:
         given["temperature"] = 0.0
-    settings = SamplingSettings(**given)
+    settings = settings_from(defaults, given)
     mask: int = model.config.mask_token_id if mask_token_id is None else mask_token_id
-    if eos_token_id is None:
-        eos_token_id = getattr(defaults, "eos_token_id", None)
-    if eos_token_id is None:
-        eos_token_id = getattr(model.config, "eos_token_id", None)
+    for place in (defaults, model.config):
+        eos_token_id = getattr(place, "eos_token_id", None) if eos_token_id is None else eos_token_id
+    if max_new_tokens is None and (input_ids is None or not (input_ids == mask).any()):
+        max_new_tokens = getattr(defaults, "max_new_tokens", None)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     if input_ids is None:
         if max_new_tokens is None:
             raise ValueError("diffusion_generate() needs input_ids with masks, or max_new_tokens")
         input_ids = torch.full((1, 1), start_token(model.config), device=model.device)
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (rows, tokens)")
     if max_new_tokens is not None:
         input_ids, attention_mask = append_masks(input_ids, attention_mask, max_new_tokens, mask)
     _check_shapes(model, input_ids, attention_mask)
     if settings.compile:
-        model.compile_blocks()
+        if settings.cache and len(input_ids) > 1:
+            raise ValueError("compile with a cache is for one text at a time: the shapes of a batch change")
+        model.compile_for_decoding()
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -106,16 +127,18 @@ def start_token(config: Any) -> int:
 
 
 def _check_shapes(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (rows, tokens)")
+    """Raise ValueError where the mask does not fit, or a row is longer than the model takes."""
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}; "
             "expected the same"
         )
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and input_ids.shape[1] > limit:
-        raise ValueError(f"{input_ids.shape[1]} tokens with the masks, but the model takes {limit}")
+    longest = input_ids.shape[1]
+    if attention_mask is not None and attention_mask.numel():
+        longest = int(attention_mask.sum(dim=1).max())
+    if limit and longest > limit:
+        raise ValueError(f"{longest} tokens with the masks, but the model takes {limit}")
 
 
 def generate(
@@ -135,8 +158,10 @@ def generate(
         raise ValueError(f"a streamer shows one row, and input_ids has {len(input_ids)}")
     stream = None
     if streamer is not None:
-        stream = _Stream(streamer, settings.get("settings") or SamplingSettings())
-    ids, forwards = input_ids.clone(), torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+        first = 0 if attention_mask is None else int(attention_mask[0].long().argmax())
+        last = None if attention_mask is None else first + int(attention_mask[0].sum())
+        stream = _Stream(streamer, settings.get("settings") or SamplingSettings(), first, last)
+    ids, nfe = input_ids.clone(), torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
     step_of = torch.full_like(input_ids, -1)
     confidence = torch.full(input_ids.shape, torch.nan, device=input_ids.device)
     history = []
@@ -146,41 +171,42 @@ def generate(
         if return_dict_in_generate:
             step_of = step_of.masked_fill(state.committed, step).masked_fill(state.confidence.isnan(), -1)
             history.append(state.ids)
-        ids, forwards, confidence = state.ids, state.forwards, state.confidence
+        ids, nfe, confidence = state.ids, state.nfe, state.confidence
     if stream is not None:
         stream.end(ids)
     if not return_dict_in_generate:
         return ids
-    per_forward = (step_of >= 0).sum(dim=1) / forwards.clamp(min=1)
-    return DiffusionGenerateOutput(ids, forwards, per_forward, step_of, confidence, tuple(history))
+    per_forward = (step_of >= 0).sum(dim=1) / nfe.clamp(min=1)
+    return DiffusionGenerateOutput(ids, nfe, per_forward, step_of, confidence, tuple(history))
 
 
 class _Stream:
-    """Tells a streamer of transformers what stands after each step."""
+    """Tells a streamer of transformers what stands after each step, without padding."""
 
-    def __init__(self, streamer: Any, settings: SamplingSettings):
+    def __init__(self, streamer: Any, settings: SamplingSettings, first: int, last: int | None):
         self.streamer, self.revises = streamer, settings.revises
-        self.said = 0  # tokens that the streamer has got for good
+        self.said, self.last = first, last  # up to where the streamer has got tokens for good, and where they end
         self.begun = False
 
     def show(self, state: State, asked: torch.Tensor) -> None:
         """`asked` (L,) bool: the masks that the row began with."""
         if not self.begun:  # a streamer takes the first tokens that it gets for the prompt
             self.begun = True
-            self._put(state.ids[0, : int(asked.long().argmax())])
+            self._put(state.ids[0], int(asked.long().argmax()))
         unsettled = state.masked[0]
         if self.revises and unsettled.any():  # what has been found may still be taken back
             unsettled = asked
-        end = int(unsettled.long().argmax()) if unsettled.any() else len(unsettled)
-        self._put(state.ids[0, self.said : end])
-        if unsettled.any() and hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(state.draft[0, self.said :].cpu())
+        if unsettled.any():
+            self._put(state.ids[0], int(unsettled.long().argmax()))
+            if hasattr(self.streamer, "put_draft"):
+                self.streamer.put_draft(state.draft[0, self.said : self.last].cpu())
 
-    def _put(self, tokens: torch.Tensor) -> None:
+    def _put(self, ids: torch.Tensor, end: int | None) -> None:
+        tokens = ids[self.said : end]
         if len(tokens):
             self.streamer.put(tokens.cpu())
             self.said += len(tokens)
 
     def end(self, sequences: torch.Tensor) -> None:
-        self._put(sequences[0, self.said :])
+        self._put(sequences[0], self.last)
         self.streamer.end()

@@ -152,7 +152,9 @@ class DiffusionModel(_CausalLM):
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
         """The last hidden states (B, L, H) of the tokens under an attention plan: the one way into the model."""
-        return self.base_model(
+        frozen = None if torch.is_grad_enabled() else self.__dict__.get("_frozen_for_decoding")
+        model = self.base_model if frozen is None else frozen
+        return model(
             input_ids=input_ids,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -176,7 +178,7 @@ class DiffusionModel(_CausalLM):
         of transformers' `generate` where it has them:
             attention_mask (B, L)   0 at padding, before or after a row
             max_new_tokens          append so many masks to each row; without `input_ids`, to the start token
-            steps                   the most model calls a row takes; default: one a mask, so one token a step
+            steps                   the most model calls a row takes, but one a block; default: one a mask
             order                   random (Algorithm 2), confidence, margin, entropy or left_to_right
             block_length            fill so many masks at a time, from left to right
             threshold, factor, entropy_bound, kl_threshold
@@ -197,6 +199,9 @@ class DiffusionModel(_CausalLM):
 
     def diffusion_states(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Iterator[State]:
         """What stands after each step of `diffusion_generate` with the same arguments, streamer apart."""
+        for name in ("streamer", "return_dict_in_generate"):
+            if name in kwargs:
+                raise TypeError(f"diffusion_states() takes no {name}: it yields the states themselves")
         return states(self, **decoding_arguments(self, input_ids, **kwargs))
 
     def generate(self, *args, **kwargs) -> NoReturn:
@@ -218,6 +223,17 @@ class DiffusionModel(_CausalLM):
         for block in self.blocks():
             if block._compiled_call_impl is None:
                 block.compile(dynamic=False)
+
+    def compile_for_decoding(self) -> None:
+        """torch.compile the whole model without gradients, once; each new shape of input is compiled anew.
+
+        On a CPU its weights are frozen into what is compiled, packed for few rows, which takes their memory once more:
+        weights that change afterwards change nothing.
+        """
+        if "_frozen_for_decoding" not in self.__dict__:
+            options: Any = {"freezing": True} if self.device.type == "cpu" else None
+            compiled = torch.compile(self.base_model, dynamic=False, options=options)
+            self.__dict__["_frozen_for_decoding"] = compiled  # beside the submodules: state_dict stays as it is
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Weights, configuration and the code that loads them, complete for `from_pretrained`."""

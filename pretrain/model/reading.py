@@ -25,25 +25,37 @@ class Reader:
     has its full passes when it needs them, whatever the others do.
     """
 
-    def __init__(self, model: Any, real: torch.Tensor, cached: bool = False, refresh_every: int | None = None):
-        self.model, self.real, self.refresh_every = model, real, refresh_every
+    def __init__(
+        self,
+        model: Any,
+        real: torch.Tensor,
+        cached: bool = False,
+        refresh_every: int | None = None,
+        static_width: int | None = None,
+    ):
+        """`static_width`: for compiled models, whose inputs should keep their shapes: of a window, for one row."""
+        self.model, self.real, self.refresh_every, self.static_width = model, real, refresh_every, static_width
         self.padded = not bool(real.all())
         self.shift = uses_shift(model.config)
         self.position = positions_of(real)
         self.cache = WindowCache(*real.shape) if cached else None
         self.since_full = torch.zeros(len(real), dtype=torch.long, device=real.device)
+        self.read_fully = torch.full_like(self.since_full, -1)  # the block in which each row had its last full pass
 
-    def logits(self, ids: torch.Tensor, at: torch.Tensor, block: torch.Tensor, new_block: torch.Tensor) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor, at: torch.Tensor, block: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
         """(N, V): of the N positions in `at` (B, L), in row-major order. One pass for each row that has some.
 
-        `block` (B, L): the block that each row is filling; `new_block` (B,): it has begun it just now.
+        `block` (B, L) bool: the block that each row is filling; `current` (B,): its number.
         """
         rows = at.any(dim=1)
         if self.cache is None:
-            return self._full(ids, at, rows)
-        stale = new_block if self.refresh_every is None else new_block | (self.since_full >= self.refresh_every)
+            return self._full(ids, at, rows if self.static_width is None else torch.ones_like(rows))
+        stale = self.read_fully != current
+        if self.refresh_every is not None:
+            stale |= self.since_full >= self.refresh_every
         full, window = rows & stale, rows & ~stale
         self.since_full = torch.where(full, 1, self.since_full + window)
+        self.read_fully = torch.where(full, current, self.read_fully)
         if not window.any():
             return self._full(ids, at, full)
         if not full.any():
@@ -67,7 +79,7 @@ class Reader:
     def _window(self, ids: torch.Tensor, at: torch.Tensor, block: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Logits of `at` from a pass over the blocks of the rows in `rows` (B,) bool and what predicts their firsts."""
         assert self.cache is not None, "a window pass needs a cache"
-        position, real = window_of(block[rows], self.shift)
+        position, real = window_of(block[rows], self.shift, self.static_width)
         self.cache.rows, self.cache.positions = rows.nonzero()[:, 0], position
         return self.model(
             input_ids=ids[rows].gather(1, position),
@@ -119,16 +131,16 @@ class Reader:
         return head(main[at]), head(hidden[:, length:][used])
 
 
-def window_of(block: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def window_of(block: torch.Tensor, shift: bool, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(b, W) positions to compute for the blocks (b, L) of some rows, and which of them are no repetitions.
 
     From what predicts the first token of a block to its last token; shorter ones repeat their last position, so that
-    what else is in the batch changes nothing.
+    what else is in the batch changes nothing. W is that of the widest, or `width`.
     """
     first = block.long().argmax(dim=1, keepdim=True)
     last = block.shape[1] - 1 - block.flip(1).long().argmax(dim=1, keepdim=True)
     if shift:
         first = first - 1
-    offset = torch.arange(int((last - first).max()) + 1, device=block.device)
+    offset = torch.arange(width or int((last - first).max()) + 1, device=block.device)
     position = first + offset
     return position.clamp(max=last), position <= last

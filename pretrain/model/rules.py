@@ -76,10 +76,8 @@ def above_threshold(proposals: Proposals, candidates: torch.Tensor, threshold: f
 
 def by_factor(proposals: Proposals, candidates: torch.Tensor, factor: float) -> torch.Tensor:
     """The n most confident, for the largest n with (n + 1)(1 − c of the n-th) < factor. Fast-dLLM, theorem 1."""
-    place = ranks(proposals.confidence, candidates)
-    fits = candidates & ((place + 2) * (1 - proposals.confidence.double()) < factor)  # place + 1 is n
-    count = torch.where(fits, place + 1, 0).amax(dim=1, keepdim=True)
-    return candidates & (place < count)
+    n = ranks(proposals.confidence, candidates) + 1
+    return candidates & ((n + 1) * (1 - proposals.confidence.double()) < factor)  # it rises with n: these are a prefix
 
 
 def within_entropy_bound(proposals: Proposals, candidates: torch.Tensor, bound: float) -> torch.Tensor:

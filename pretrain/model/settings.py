@@ -1,6 +1,7 @@
 """How text is decoded: the arguments of `diffusion_generate`, their limits, and which go together."""
 
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 from .rules import BLIND, ORDERS
@@ -14,9 +15,9 @@ class SamplingSettings:
     all that an adaptive rule takes (`threshold`, `factor` or `entropy_bound`).
     """
 
-    steps: int | None = None  # the most model calls a row takes; None: one a mask, so one token a step
+    steps: int | None = None  # the most model calls a row takes, but one a block; None: one a mask, so a token a step
     temperature: float = 1.0  # 0 takes the most probable token
-    top_k: int | None = None  # these three as in transformers' generate; None or 0: all tokens
+    top_k: int | None = None  # these three as in transformers' generate; None: all tokens
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -30,7 +31,7 @@ class SamplingSettings:
     remasking: float = 0.0  # committed tokens of confidence c become masks again with this probability × (1 − c)
     cache: str | None = None  # "window": between full passes only the block is computed, an approximation
     refresh_every: int | None = None  # with the cache: a full pass every so many steps of a block; None: its first
-    compile: bool = False  # torch.compile the model, for static shapes
+    compile: bool = False  # torch.compile the model: each length of text takes half a minute once, then less a step
 
     def __post_init__(self) -> None:
         for name, (good, expected) in LIMITS.items():
@@ -49,6 +50,8 @@ class SamplingSettings:
             raise ValueError(f"verify_threshold does not go with {'a cache' if self.cache else 'remasking'}")
         if self.refresh_every is not None and self.cache is None:
             raise ValueError("refresh_every is for a cache, and cache is None")
+        if self.compile and self.verify_threshold is not None:
+            raise ValueError("compile wants inputs that keep their shape, and verify_threshold changes it each step")
 
     @property
     def by(self) -> str:
@@ -65,17 +68,22 @@ class SamplingSettings:
         return self.by in BLIND and self.threshold is None and self.factor is None and self.entropy_bound is None
 
     @property
+    def draws_last(self) -> bool:
+        """Whether the masks of a step are chosen by their predictions alone, whatever token is drawn for them."""
+        return self.by != "confidence" and self.threshold is None and self.factor is None
+
+    @property
     def revises(self) -> bool:
         """Whether committed tokens of the current block may become masks again."""
         return self.remasking > 0 or self.verify_threshold is not None
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_share(value: Any) -> bool:

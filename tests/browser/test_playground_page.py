@@ -149,6 +149,17 @@ def test_contradictory_settings_are_shown_as_text(page):
     assert "steps is -4, expected a number of steps from 1 on" in page.locator("#facts").inner_text()
 
 
+def test_an_emptied_control_is_named_and_a_whole_temperature_is_a_number(page):
+    page.locator("#steps input").fill("")
+    write(page, "Once [MASK:2]")
+    page.wait_for_selector("#facts .trouble", timeout=WAIT)
+    page.locator("#steps input").fill("0")
+    page.locator("#temperature input[type=number]").fill("2")
+    write(page, "Once [MASK:3]")
+    finished(page)
+    assert "3 tokens" in page.locator("#facts").inner_text()
+
+
 def test_two_users_at_once_see_their_own_texts(browser, served):
     pages = [browser.new_context().new_page() for _ in range(2)]
     for page in pages:

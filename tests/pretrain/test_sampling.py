@@ -411,6 +411,9 @@ BAD = [
     ({"cache": "prefix"}, "cache is 'prefix', expected None or 'window'"),
     ({"refresh_every": 3}, "refresh_every is for a cache"),
     ({"compile": 1}, "compile is 1"),
+    ({"compile": True, "threshold": 0.5, "verify_threshold": 0.9}, "compile wants inputs that keep their shape"),
+    ({"threshold": 0.5, "verify_threshold": 0.9, "remasking": 0.5}, "does not go with remasking"),
+    ({"threshold": 0.5, "verify_threshold": 0.9, "kl_threshold": 0.5}, "do not go together"),
 ]
 
 
@@ -420,6 +423,95 @@ def test_bad_arguments(change, message):
         SamplingSettings(**change)
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         decoding_arguments(fixed(LAW), start(1, 4), **change)
+
+
+def test_what_each_setting_stands_for():
+    """The order where none is given, and what a step may know before it asks."""
+    orders = [({}, "random"), ({"threshold": 0.9}, "confidence"), ({"factor": 1.0}, "confidence")]
+    orders += [({"entropy_bound": 1.0}, "entropy"), ({"threshold": 0.9, "order": "margin"}, "margin")]
+    for chosen, order in orders:
+        assert SamplingSettings(**chosen).by == order
+    for chosen in ({}, {"order": "left_to_right"}, {"remasking": 0.1}):
+        assert SamplingSettings(**chosen).blind
+    for chosen in ({"order": "entropy"}, *({"order": "random", name: 1.0} for name in ("threshold", "factor"))):
+        assert not SamplingSettings(**chosen).blind
+    assert not SamplingSettings(order="left_to_right", entropy_bound=1.0).blind
+    for chosen in ({"order": "confidence"}, {"threshold": 0.9, "order": "entropy"}, {"factor": 1.0, "order": "random"}):
+        assert not SamplingSettings(**chosen).draws_last
+
+
+def test_confidence_prefers_likely_tokens():
+    """Why `confidence` is not among the exact: it looks at the token that was drawn. So do rules that rank by it."""
+    model = Joint(4)
+    for settings in ({"order": "confidence"}, {"threshold": 1.0}, {"factor": 0.0}):
+        out = run(model, start(6000, 5), generator=rng(1), **settings)
+        counts = torch.bincount((out.sequences[:, 1:] * torch.tensor([27, 9, 3, 1])).sum(1), minlength=81).double()
+        assert (out.nfe == 4).all() and probability_of(counts, model.of({}) * 6000) < 1e-6
+        likely = model.of({}).log().nan_to_num(neginf=0.0)
+        assert (counts / 6000 * likely).sum() > (model.of({}) * likely).sum(), "likelier texts than the law's"
+
+
+def test_remasking_is_of_the_current_block_alone():
+    x = start(40, 13)
+    for before, after in itertools.pairwise(run(fixed(LAW), x, block_length=4, remasking=0.9, steps=36).history):
+        back = (before != MASK) & (after == MASK)
+        for k in range(3):
+            later_begun = (before[:, 1 + 4 * (k + 1) :] != MASK).any(1) if k < 2 else torch.zeros(40, dtype=torch.bool)
+            assert not back[later_begun, 1 + 4 * k : 5 + 4 * k].any()
+
+
+def test_what_is_not_finite_is_said():
+    for bad in (float("nan"), float("inf")):
+        for temperature in (0, 1):
+            with pytest.raises(ValueError, match="predictions are not finite"):
+                run(
+                    Oracle(lambda x, bad=bad: torch.full((*x.shape, VOCABULARY), bad)),
+                    start(1, 4),
+                    temperature=temperature,
+                )
+
+
+def test_odd_but_good_arguments():
+    """Numbers of numpy, ids as tensors, whole temperatures, more steps than a long can count, nothing at all."""
+    import numpy as np
+
+    x = start(2, 6)
+    plain = run(fixed(LAW), x, temperature=2.0, order="entropy")
+    for ends in (torch.tensor(-1), torch.tensor([-1]), np.int64(-1), [-1], -1, None):
+        out = run(fixed(LAW), x, temperature=np.int64(2), order="entropy", steps=2**62, eos=ends)
+        assert torch.equal(out.sequences, plain.sequences) and torch.equal(out.nfe, plain.nfe)
+    assert run(fixed(LAW), x, repetition_penalty=2, temperature=2, top_k=np.int64(3)).sequences.shape == x.shape
+    masks = torch.tensor([[MASK, MASK, 0, 1]])
+    assert torch.equal(generate(fixed(LAW), masks, torch.tensor([[0, 0, 1, 1]])), masks), "masks in padding are none"
+    for shape in ((0, 4), (2, 0)):
+        assert generate(fixed(LAW), torch.zeros(shape, dtype=torch.long)).shape == shape
+
+
+def test_padding_does_not_count_towards_the_limit():
+    model = fixed(LAW, max_position_embeddings=8)
+    ids, real = torch.zeros(2, 8, dtype=torch.long), torch.tensor([[1] * 3 + [0] * 5, [1] * 6 + [0] * 2])
+    assert decoding_arguments(model, ids, real, max_new_tokens=2)["input_ids"].shape == (2, 10)
+    with pytest.raises(ValueError, match="9 tokens with the masks, but the model takes 8"):
+        decoding_arguments(model, ids, real, max_new_tokens=3)
+
+
+def test_unconditional_text_begins_with_the_start_token_that_the_model_names():
+    model = fixed(LAW, diffusion={"start_token_id": 2}, bos_token_id=1)
+    model.device = "cpu"
+    assert decoding_arguments(model, max_new_tokens=3)["input_ids"].tolist() == [[2, MASK, MASK, MASK]]
+    del model.config.diffusion["start_token_id"]
+    assert decoding_arguments(model, max_new_tokens=3)["input_ids"].tolist() == [[1, MASK, MASK, MASK]]
+    model.config.bos_token_id = None
+    with pytest.raises(ValueError, match="no start token; begin with a token of your own"):
+        decoding_arguments(model, max_new_tokens=3)
+
+
+def test_drafts_are_what_the_model_would_write():
+    """Of masks that were asked about, and not committed, the most likely token."""
+    for settings in ({"order": "entropy"}, {"order": "margin"}, {"order": "confidence", "temperature": 0}):
+        state = next(iter(states(fixed(LAW), start(1, 6), generator=rng(), settings=SamplingSettings(**settings))))
+        assert state.masked.sum() == 4 and (state.draft[state.masked] == 0).all()
+        assert torch.equal(state.draft[~state.masked], state.ids[~state.masked])
 
 
 def test_unknown_arguments_and_shapes_are_refused():

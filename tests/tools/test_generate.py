@@ -1,4 +1,8 @@
+import fcntl
 import json
+import resource
+import shutil
+from pathlib import Path
 
 import pytest
 from helpers import SHARED, launch
@@ -72,12 +76,16 @@ def test_without_a_prompt_text_begins_after_the_start_token(checkpoint, capsys):
     [
         (["--prompt", "x", "--length", "9999"], "9999 tokens in gaps, but the model takes 256"),
         (["--length", "0"], "--length is 0, expected at least 1"),
-        (["--steps", "0"], "steps is 0, expected a number of steps from 1 on"),
+        (["--steps", "-1"], "steps is -1, expected a number of steps from 1 on"),
         (["--threshold", "0.9", "--factor", "1"], "threshold and factor each say how many"),
         (["--prompt", "x", "--infill", "y"], "--prompt and --infill each say what to write"),
         (["--infill", "no gap"], "nothing to find in 'no gap'"),
         (["--resume"], "--resume continues an --output"),
         (["--watch", "--output", "x.jsonl"], "--output is for a file"),
+        (["--watch", "--compare", "random"], "--watch and --compare each show"),
+        (["--output", "/nowhere/x.jsonl"], "there is no folder /nowhere"),
+        (["--output", "/tmp"], "is a folder, expected a file"),
+        (["--infill", "[MASK:12345678901234]"], "asks for more tokens than any text has"),
         (["--compare", "randm"], "--compare randm: expected random, confidence"),
         (["--prompts", "/nowhere.txt"], "--prompts /nowhere.txt cannot be read"),
     ],
@@ -139,8 +147,11 @@ def test_figure(run_dir, tmp_path):
 
 def test_prompts_are_lines_gaps_or_json(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text('Once\n\nA [MASK:3] b\n{"prompt": "Two\\nlines"}\n{"text": "x [MASK:1]"}\n', encoding="utf-8")
-    assert read_prompts(str(path), 7) == ["Once[MASK:7]", "A [MASK:3] b", "Two\nlines[MASK:7]", "x [MASK:1]"]
+    lines = ["Once", "", "A [MASK:3] b", '{"prompt": "Two\\nlines"}', '{"text": "x [MASK:1]"}', "a\u2028b"]
+    expected = ["Once[MASK:7]", "A [MASK:3] b", "Two\nlines[MASK:7]", "x [MASK:1]", "a\u2028b[MASK:7]"]
+    for begin, end in (("", "\n"), ("\ufeff", "\r\n")):
+        path.write_bytes((begin + end.join(lines) + end).encode())
+        assert read_prompts(str(path), 7) == expected
     for bad, message in (
         ('{"question": "x"}', ":1: expected JSON with `prompt` or `text`"),
         ('{"text": 3}', "is a int"),
@@ -209,6 +220,16 @@ def test_a_file_of_another_command_is_not_continued(checkpoint, tmp_path, capsys
     ):
         assert main([*request, *change]) == 2
         assert message in capsys.readouterr().err and output.read_bytes() == before
+    assert main([*request, "--ignore_eos"]) == 2 and "has another ignore_eos" in capsys.readouterr().err
+    assert main([*request, "--temperature", "0"]) == 2 and "has another temperature" in capsys.readouterr().err
+    with open(output) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(request) == 2 and "another process writes" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    assert main([str(other), *request[1:]]) == 2 and "has another checkpoint" in capsys.readouterr().err
+    assert main(request[:-1]) == 2 and "exists; choose another name, or --resume" in capsys.readouterr().err
+    assert output.read_bytes() == before
     output.write_text('{"text": "something else"}\n')
     assert main(request) == 2 and "is no sample of this command" in capsys.readouterr().err
     output.write_text("[]\n" * 9)
@@ -216,11 +237,79 @@ def test_a_file_of_another_command_is_not_continued(checkpoint, tmp_path, capsys
 
 
 @pytest.mark.slow
+def test_a_record_names_every_setting_that_counts(checkpoint, tmp_path):
+    """Also those that are 0, and text with other line ends than ours: what is written is read again."""
+    output = tmp_path / "out.jsonl"
+    request = [checkpoint, "--infill", "A\u2028B\x0c[MASK:2]", "--temperature", "0", "--threshold", "0"]
+    for again in ([], ["--resume"]):
+        assert main([*request, "--output", str(output), *again]) == 0
+    [record] = [json.loads(line) for line in output.read_bytes().split(b"\n")[:-1]]
+    assert record["temperature"] == 0 and record["threshold"] == 0 and record["checkpoint"] == checkpoint
+    assert record["nfe"] == 1 and record["tokens_per_forward"] == 2.0
+
+
+@pytest.mark.slow
+def test_a_prompt_that_stands_twice_gives_two_samples(checkpoint, tmp_path):
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("The Fox\nThe Fox\n")
+    assert main([checkpoint, "--prompts", str(prompts), "--length", "9", "--output", str(output)]) == 0
+    first, second = [json.loads(line) for line in output.read_text().splitlines()]
+    assert (first["sample"], second["sample"]) == (0, 1) and first["text"] != second["text"]
+
+
+@pytest.mark.slow
+def test_an_output_that_cannot_be_written_is_one_line(checkpoint, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))  # as on a full disk
+    try:
+        assert main([checkpoint, "--prompt", "x", "--length", "2", "--output", str(output)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "what stands there is kept, --resume continues" in capsys.readouterr().err
+    assert main([checkpoint, "--prompt", "x", "--length", "2", "--output", str(output), "--resume"]) == 0
+    assert len(output.read_text().splitlines()) == 1
+
+
+def test_what_looks_like_a_special_token_is_text(tiny_checkpoint):
+    model, tokenizer = load(str(tiny_checkpoint), device="cpu")
+    mask = model.config.mask_token_id
+    for text in (f"a {tokenizer.mask_token}{tokenizer.eos_token} b[MASK:2] {tokenizer.mask_token}",):
+        ids = encode(text, tokenizer, mask, 1)
+        assert ids.count(mask) == 2 and tokenizer.eos_token_id not in ids
+        assert tokenizer.decode([i for i in ids if i != mask]) == text.replace("[MASK:2]", "")
+
+
+def test_damaged_checkpoints_are_one_line(tiny_checkpoint, tmp_path, capsys):
+    def damaged(name: str, change) -> str:
+        folder = tmp_path / name
+        shutil.copytree(tiny_checkpoint, folder)
+        change(folder)
+        return str(folder)
+
+    def configured(folder: Path, **values) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    cases = {
+        damaged("torn", lambda f: (f / "model.safetensors").write_bytes(b"\0" * 99)): "cannot be loaded",
+        damaged("tokenizer", lambda f: (f / "tokenizer.json").write_text("{")): "cannot be loaded",
+        damaged(
+            "mask", lambda f: configured(f, mask_token_id=9999)
+        ): "mask_token_id is 9999, the vocabulary has 0 to 384",
+    }
+    for folder, message in cases.items():
+        assert main([folder, "--prompt", "x", "--length", "2"]) == 2
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(error) == 1 and message in error[0]
+
+
+@pytest.mark.slow
 def test_watch_prints_each_step_and_compare_each_rule(checkpoint, capsys):
     assert main([checkpoint, "--infill", "The Fox [MASK:3] the river.", "--watch"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    masks = [line.count("░") for line in lines if line.startswith("The Fox")]
-    assert masks == [2, 1, 0] and "3 model calls   1.00 tokens a call   0 masks left" in lines[-2]
+    masks = [line.split()[-3] for line in lines if line.endswith("masks left")]
+    assert masks == ["2", "1", "0"] and "3 model calls   1.00 tokens a call   0 masks left" in lines[-2]
     rules = ["random", "threshold=0.5,cache=window"]
     assert main([checkpoint, "--infill", "The Fox [MASK:3] the river.", "--compare", *rules]) == 0
     table = capsys.readouterr().out
@@ -237,5 +326,7 @@ def test_pieces_join_to_the_text(name, tokenizer):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     found = pieces(ids, tokenizer)
     assert len(found) == len(ids) and "".join(found).strip() == text
+    for end in range(len(ids)):  # also where a character is cut in the middle
+        assert "".join(pieces(ids[:end], tokenizer)).strip() == tokenizer.decode(ids[:end]).strip()
     middle = pieces([*ids[:3], 9, 9, *ids[3:]], tokenizer, unknown=9)
     assert middle[:3] == found[:3] and middle[3:5] == ["░", "░"]

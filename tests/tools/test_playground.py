@@ -1,14 +1,18 @@
 """The playground without a browser: what it answers, and its pictures."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from common.errors import UserError
+from pretrain.model.settings import SamplingSettings
 from tools.animation import FOUND, GIVEN, MASK, Film, Frame, Token, legend, render, shade
-from tools.decoding import load
-from tools.playground import Writer, chosen_settings, facts, main, trouble
+from tools.decoding import load, settings_of
+from tools.playground import Writer, chosen_settings, facts, load_base, main, trouble
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +56,54 @@ def test_shades_go_from_orange_over_white_to_blue():
     assert shade(0).startswith("hsl(28 ") and shade(1).startswith("hsl(210 ") and shade(-3) == shade(0)
 
 
-def test_controls_left_alone_set_nothing():
-    values = {
-        "order": "random", "temperature": 1.0, "steps": 0, "block_length": 0, "top_k": 0, "top_p": 1.0, "remasking": 0,
-        "rule": "none", "level": 0.9, "verify_threshold": 0, "cache": False,
-    }  # fmt: skip
-    assert chosen_settings(values) == {"order": "random", "temperature": 1.0, "top_p": 1.0}
-    values |= {"rule": "threshold", "level": 0.6, "verify_threshold": 0.9, "steps": 7.0}
-    assert chosen_settings(values) | {} == {
-        "order": "random", "temperature": 1.0, "top_p": 1.0, "steps": 7, "threshold": 0.6, "verify_threshold": 0.9,
-    }  # fmt: skip
+CONTROLS = {
+    "length": 9, "seed": 0, "order": "random", "temperature": 1, "steps": 0, "block_length": 0, "top_k": 0,
+    "top_p": 1.0, "min_p": 0, "repetition_penalty": 0, "kl_threshold": 0, "verify_threshold": 0,
+    "remasking": 0, "refresh_every": 0, "rule": "none", "level": 0.9, "cache": False,
+}  # fmt: skip
+
+
+def test_controls_left_alone_set_nothing_whatever_the_checkpoint_says(writer):
+    plain = settings_of(writer.model, chosen_settings(CONTROLS))
+    assert plain == SamplingSettings(order="random", temperature=1.0, top_p=1.0)
+    model = SimpleNamespace(
+        generation_config=GenerationConfig(threshold=0.9, block_length=2, cache="window", refresh_every=2, steps=3)
+    )
+    assert settings_of(model, chosen_settings(CONTROLS)) == plain
+    more = {"rule": "threshold", "level": 0.6, "verify_threshold": 0.9, "steps": 7.0, "min_p": 0.1}
+    assert settings_of(model, chosen_settings(CONTROLS | more)) == SamplingSettings(
+        order="random", threshold=0.6, verify_threshold=0.9, steps=7, min_p=0.1, temperature=1.0, top_p=1.0
+    )
+
+
+def test_controls_that_are_empty_or_huge_are_named():
+    for name, value, message in (
+        ("seed", None, "seed is empty"),
+        ("steps", 1e30, "steps is 1e\\+30, expected a number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            chosen_settings(CONTROLS | {name: value})
+
+
+def test_the_base_writes_by_its_seed_counts_its_tokens_and_stops(tiny_checkpoint, base_dir):
+    writer = Writer(*load(str(tiny_checkpoint), device="cpu"), *load_base(str(base_dir("llama")), "cpu"), most=100)
+
+    def write(seed: int, length: int = 12) -> tuple[str, str]:
+        *_, last = writer.write_with_base("Once upon", length, seed, {"temperature": 1})
+        return last
+
+    first = write(1)
+    assert "12 tokens · 12 model calls" in first[1] and write(1)[0] == first[0] != write(2)[0]
+    with ThreadPoolExecutor(3) as pool:  # beside others
+        texts = list(pool.map(lambda seed: write(seed)[0], [1, 2, 1]))
+    assert texts[0] == texts[2] == first[0]
+    began = writer.write_with_base("Once", 200, 0, {"temperature": 1})
+    next(began)
+    began.close()  # the page was closed
+    assert writer.base_is_free.acquire(timeout=20), "and what it had begun ends"
+    writer.base_is_free.release()
+    with pytest.raises(UserError, match="tokens, but the base model takes 256"):
+        next(writer.write_with_base("x " * 250, 50, 0, {}))
 
 
 def test_facts_say_what_it_took():
