@@ -301,12 +301,26 @@ def figure(points: list[dict], length: int, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(figsize=(9, 5.5))
+    said: list[dict] = []  # points with a label, so that those on top of each other share one
     for point in points:
         other = point["name"] in ("authors' loop", "AR base with KV cache", "dLLM's sampler")
-        axes.errorbar(point["speed"], point["nats"], point["error"], fmt="s" if other else "o", capsize=2,
-                      color="tab:red" if other else "tab:blue")  # fmt: skip
+        colour = "tab:red" if other else "tab:blue"
+        axes.errorbar(point["speed"], point["nats"], point["error"], fmt="s" if other else "o", capsize=2, color=colour)
+        near = [p for p in said if abs(math.log(p["speed"] / point["speed"])) < 0.08]
+        near = [p for p in near if abs(p["nats"] - point["nats"]) < 0.04]
+        if near:
+            near[0]["label"] += f"\n{point['name']}"
+        else:
+            said.append({**point, "label": point["name"]})
+    for point in said:
+        below = point["label"].count("\n") > 0
         axes.annotate(
-            point["name"], (point["speed"], point["nats"]), fontsize=7, xytext=(4, 4), textcoords="offset points"
+            point["label"],
+            (point["speed"], point["nats"]),
+            fontsize=7,
+            xytext=(4, -4 if below else 4),
+            textcoords="offset points",
+            va="top" if below else "bottom",
         )
     axes.set_xscale("log")
     axes.set(xlabel="tokens a second, one text at a time", ylabel="nats a token under the AR base (lower reads better)",
