@@ -6,7 +6,8 @@
 One text at a time, on this machine's cores. Each row writes the same prompts with the same sampling (--temperature,
 --top_p). Of its texts: tokens a second (median), model calls (NFE), tokens a call, nats a token under the base (the
 judge) with its standard error, and distinct-2, the share of pairs of neighbouring tokens that are different.
-Writes decoding.md and decoding.png beside this file, or where --output says.
+Then infilling: gaps of 10 tokens in tales, greedy, by each order. Writes decoding.md and decoding.png to runs/, or
+where --output says.
 """
 
 import argparse
@@ -36,7 +37,8 @@ TALES = HERE.parent / "data_prep" / "demo" / "tales.jsonl"
 PROMPT_TOKENS = 16
 AUTHORS_STEPS = 64  # their default, whatever the length
 
-# name in the table: settings of diffusion_generate; steps_per_token shares the steps, block by block
+# name in the table: settings of diffusion_generate; with tokens_a_step, so many fewer steps than tokens. Algorithm 2 is
+# at one step less than masks: from as many on, one mask a step is committed.
 RULES: dict[str, dict[str, Any]] = {
     "random, Algorithm 2": {"order": "random", "steps": AUTHORS_STEPS - 1},
     "random, one a step": {"order": "random"},
@@ -93,7 +95,7 @@ Writer = Callable[[list[int], int, int], tuple[list[int], float]]  # (prompt, le
 def authors_loop(model: Any, temperature: float, top_p: float) -> Writer:
     """The authors' sampler, written anew from their description: all logits, top-p, a draw for every position.
 
-    At step k of T each masked token is revealed with probability 1/k, after a first pass at t = 1.
+    At step k of T each masked token is revealed with probability 1/k.
     """
 
     def write(prompt: list[int], length: int, seed: int) -> tuple[list[int], float]:
@@ -293,6 +295,34 @@ def table(rows: list[Row], base: Any, prompts: list[list[int]], samples: list[di
     return lines
 
 
+@torch.no_grad()
+def infilling(model: Any, tokenizer: Any, base: Any, path: Path, texts: int = 32, gap: int = 10) -> list[str]:
+    """Markdown of gaps between 16 and 22 given tokens, filled greedily one token a step.
+
+    Nats of the base are over the gap and what follows it: text that does not lead to what follows costs there.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [tokenizer(json.loads(lines[k * len(lines) // texts])["text"])["input_ids"][:48] for k in range(texts)]
+    original = torch.tensor([row for row in rows if len(row) == 48])
+    masked = original.clone()
+    masked[:, 16 : 16 + gap] = model.config.mask_token_id
+
+    def nats(ids: torch.Tensor) -> torch.Tensor:
+        log_p = base(ids).logits[:, :-1].float().log_softmax(-1)
+        return -log_p.gather(2, ids[:, 1:, None])[:, 15:, 0].mean(1)
+
+    table = [f"### Gaps of {gap} tokens, {len(original)} texts", "", "| order | nats a token | tokens as in the text |"]
+    table += ["| --- | --- | --- |", f"| the text itself | {float(nats(original).mean()):.2f} | 1.00 |"]
+    for order in ("random", "confidence", "margin", "entropy", "left_to_right"):
+        filled = model.diffusion_generate(
+            masked, order=order, temperature=0, eos_token_id=-1, generator=torch.Generator().manual_seed(0)
+        )
+        found, same = nats(filled), (filled == original)[:, 16 : 16 + gap].float().mean()
+        error = float(found.std() / math.sqrt(len(found)))
+        table.append(f"| {order} | {float(found.mean()):.2f} ± {error:.2f} | {float(same):.2f} |")
+    return table
+
+
 def figure(points: list[dict], length: int, path: Path) -> None:
     """Nats a token under the base over tokens a second."""
     import matplotlib
@@ -323,8 +353,8 @@ def figure(points: list[dict], length: int, path: Path) -> None:
             va="top" if below else "bottom",
         )
     axes.set_xscale("log")
-    axes.set(xlabel="tokens a second, one text at a time", ylabel="nats a token under the AR base (lower reads better)",
-             title=f"{length} new tokens, two CPU cores")  # fmt: skip
+    axes.set(xlabel="tokens a second, one text at a time", ylabel="nats a token under the base (or repetitive, where low)",
+             title=f"{length} new tokens, {torch.get_num_threads()} CPU cores")  # fmt: skip
     axes.grid(alpha=0.3)
     fig.tight_layout()
     fig.savefig(path, dpi=130)
@@ -344,7 +374,7 @@ def main() -> None:
         "--llama_cpp", nargs=2, metavar=("BINARY", "GGUF"), help="its program and the converted checkpoint"
     )
     parser.add_argument("--prompts", type=Path, default=TALES, help="JSONL with `text`; default: the demo's tales")
-    parser.add_argument("--output", type=Path, default=HERE / "decoding.md")
+    parser.add_argument("--output", type=Path, default=Path("runs/decoding.md"))
     args = parser.parse_args()
     model, tokenizer = load(args.checkpoint, device="cpu")
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
@@ -352,17 +382,19 @@ def main() -> None:
         f"`python benchmarks/decoding.py {' '.join(sys.argv[1:])}`, {torch.get_num_threads()} threads, fp32, "
         f"temperature {args.temperature}, top-p {args.top_p}, prompts of {PROMPT_TOKENS} tokens.",
     ]
-    for length, count in zip(args.lengths, args.texts):
+    for length, count in zip(args.lengths, args.texts, strict=True):
         prompts, rows, points = prompts_of(tokenizer, args.prompts, count), [], []
         for name, write in tqdm(list(all_rows(args, model, tokenizer, base, length)), desc=f"{length} tokens"):
             rows.append(measure(name, write, prompts, length))
         lines += ["", f"### {length} new tokens, {count} texts", "", *table(rows, base, prompts, points)]
         print("\n".join(lines[-len(rows) - 4 :]), flush=True)
-        if length == args.lengths[0]:
+        if length == min(args.lengths):
             figure(points, length, args.output.with_suffix(".png"))
+    lines += ["", *infilling(model, tokenizer, base, args.prompts)]
     gguf = tuple(args.llama_cpp) if args.llama_cpp else None
     lines += ["", "### One step over 64 positions", "", "| | ms |", "| --- | --- |"]
     lines += [f"| {name} | {ms:.0f} |" for name, ms in step_table(model, 64, gguf)]
+    args.output.parent.mkdir(exist_ok=True)
     args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

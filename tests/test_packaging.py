@@ -60,6 +60,6 @@ def test_it_runs_from_site_packages(wheel, tmp_path):
     assert all(page["code"] == 0 and "usage:" in page["page"] for page in pages.values()), pages
     (entry_points,) = (tmp_path / "site").glob("*.dist-info/entry_points.txt")
     called = [line.split(" = ")[1] for line in entry_points.read_text().splitlines() if " = " in line]
-    assert len(called) == 5
+    assert len(called) == 6
     program = "import importlib, sys; print([callable(getattr(importlib.import_module(m), f)) for m, f in {}])"
     assert python("-c", program.format([c.split(":") for c in called])).strip() == str([True] * len(called))

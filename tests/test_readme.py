@@ -18,6 +18,8 @@ from common.errors import UserError
 from data_prep.config import PrepareConfig
 from data_prep.shards import Manifest
 from pretrain.config import RunConfig
+from pretrain.model.settings import SamplingSettings
+from tools.generate import rule_of
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "ds_configs/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
@@ -137,7 +139,10 @@ def test_its_flags_and_verb_are_those_of_its_help_page(help_pages, command):
     "command", [c for c in COMMANDS if c.overrides], ids=lambda c: f"{c.page}: {c.line[:60]}"
 )  # fmt: skip
 def test_its_settings_are_accepted(command):
-    if "data_prep" in command.script:
+    if "tools.generate" in command.script:  # the rules of --compare
+        for rule in command.overrides:
+            SamplingSettings(**rule_of(rule))
+    elif "data_prep" in command.script:
         load_config(PrepareConfig, ROOT / "data_prep/configs/demo.yaml", [*command.overrides])
     else:
         load_config(RunConfig, None, [*command.overrides])

@@ -41,7 +41,7 @@ PROMPTS = [
     "The youngest son went into the forest, and there he [MASK:10] under a tree.",
 ]
 FREE_PROMPT = "Once upon a time"
-ORDERS = ("entropy", "left_to_right")  # of filling: those that read best in benchmarks/decoding.md, the best first
+ORDERS = ("left_to_right", "entropy")  # of filling: those that read best in benchmarks/decoding.md, the best first
 
 
 def run(title: str, command: list[str], output: Path, show: bool = False) -> None:

@@ -47,7 +47,7 @@ from .run_folder import RunFolder, read_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_SIZE = "4GB"
-DECODING = {"order": "entropy", "temperature": 1.0}  # exact at one token a step; reads best in benchmarks/decoding.md
+DECODING = {"order": "entropy", "temperature": 1.0}  # one token a step is exact; see docs/decoding.md
 
 
 class Weight(Protocol):

@@ -13,7 +13,6 @@ from .settings import NAMES, SamplingSettings
 
 PASSED_ON = ("generator", "streamer", "return_dict_in_generate")
 RULES = ("order", "threshold", "factor", "entropy_bound", "kl_threshold", "verify_threshold")  # one replaces all
-CACHE = ("cache", "refresh_every")
 
 
 @dataclass
@@ -44,22 +43,25 @@ def append_masks(
     return ids, attention_mask.gather(1, source).masked_fill(new, 1)
 
 
-def settings_from(defaults: Any, given: dict[str, Any]) -> SamplingSettings:
+def settings_from(defaults: Any, given: dict[str, Any], do_sample: bool | None = None) -> SamplingSettings:
     """The settings given by name, and for the others those of a GenerationConfig, or of SamplingSettings.
 
     What is given, though it be None, counts before the defaults; and one rule given replaces all rules of the defaults
-    (RULES), one setting of the cache all of the cache's. Raises ValueError for bad ones.
+    (RULES), the cache given also how often it is refreshed. `do_sample` False, given or by default, takes the most
+    probable tokens unless a temperature is given. Raises ValueError for bad settings.
     """
     chosen = dict(given)
     for name in ("temperature", "remasking", "compile"):  # they have no None
         if chosen.get(name, 0) is None:
             del chosen[name]
-    replaced = {name for group in (RULES, CACHE) if not chosen.keys().isdisjoint(group) for name in group}
+    replaced = set(RULES) if not chosen.keys().isdisjoint(RULES) else set()
+    replaced |= {"refresh_every"} if "cache" in chosen else set()
     for name in NAMES:
         value = getattr(defaults, name, None)
         if value is not None and name not in replaced:
             chosen.setdefault(name, value)
-    if "temperature" not in given and getattr(defaults, "do_sample", None) is False:
+    do_sample = getattr(defaults, "do_sample", None) if do_sample is None else do_sample
+    if given.get("temperature") is None and do_sample is False:
         chosen["temperature"] = 0.0
     return SamplingSettings(**chosen)
 
@@ -85,9 +87,7 @@ def decoding_arguments(
     others = {name: kwargs.pop(name) for name in PASSED_ON if name in kwargs}
     if kwargs:
         raise TypeError(f"diffusion_generate() takes no {', '.join(kwargs)}")
-    if do_sample is False:
-        given["temperature"] = 0.0
-    settings = settings_from(defaults, given)
+    settings = settings_from(defaults, given, do_sample)
     mask: int = model.config.mask_token_id if mask_token_id is None else mask_token_id
     for place in (defaults, model.config):
         eos_token_id = getattr(place, "eos_token_id", None) if eos_token_id is None else eos_token_id

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, Cache, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 from transformers.modeling_outputs import MaskedLMOutput
 
-from .attention import IMPLEMENTATION, AttentionPlan, plan_for_window, prepare_attention
+from .attention import IMPLEMENTATION, plan_for_window, prepare_attention
 from .cache import WindowCache
 from .generation import DiffusionGenerateOutput, decoding_arguments, generate
 from .loss import VocabularyHead, select_loss
@@ -123,7 +123,13 @@ class DiffusionModel(_CausalLM):
             plan = prepare_attention(
                 visibility, batch, length, input_ids.device, self.dtype, self.attention_backend
             )  # fmt: skip
-        hidden = self.hidden_states(input_ids, position_ids, plan, past_key_values)  # (B, L, H)
+        hidden = self.diffusion_backbone(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=False,
+            attention_plan=plan,
+        ).last_hidden_state  # (B, L, H)
         head = self.vocabulary_head()
         shift = uses_shift(self.config)
         if labels is None:
@@ -144,23 +150,11 @@ class DiffusionModel(_CausalLM):
         loss, nll, predicted = head(hidden[chosen], select_loss(self.loss_path, hidden.device), targets, weights)
         return DiffusionOutput(loss=loss, nll=nll, predicted=predicted)
 
-    def hidden_states(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        plan: AttentionPlan,
-        past_key_values: Cache | None = None,
-    ) -> torch.Tensor:
-        """The last hidden states (B, L, H) of the tokens under an attention plan: the one way into the model."""
+    @property
+    def diffusion_backbone(self) -> Any:
+        """What gives hidden states: the base model, or without gradients what was compiled for decoding."""
         frozen = None if torch.is_grad_enabled() else self.__dict__.get("_frozen_for_decoding")
-        model = self.base_model if frozen is None else frozen
-        return model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=False,
-            attention_plan=plan,
-        ).last_hidden_state
+        return self.base_model if frozen is None else frozen
 
     def vocabulary_head(self) -> Any:
         """The output layer, which also computes the loss."""

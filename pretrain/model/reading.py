@@ -119,11 +119,12 @@ class Reader:
         visible[:, length:, :length] = shadows
         visible |= torch.eye(length + width, dtype=torch.bool, device=ids.device)  # padding too sees something
         position = self.position[rows]
-        hidden = self.model.hidden_states(
-            torch.cat([tokens, copies], dim=1),
-            torch.cat([position, position.gather(1, origin)], dim=1),
-            AttentionPlan("sdpa", mask=visible[:, None]),
-        )  # (b, L + S, H)
+        hidden = self.model.diffusion_backbone(
+            input_ids=torch.cat([tokens, copies], dim=1),
+            position_ids=torch.cat([position, position.gather(1, origin)], dim=1),
+            use_cache=False,
+            attention_plan=AttentionPlan("sdpa", mask=visible[:, None]),
+        ).last_hidden_state  # (b, L + S, H)
         head = self.model.vocabulary_head()
         main = hidden[:, :length]
         if self.shift:

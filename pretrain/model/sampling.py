@@ -95,7 +95,7 @@ def states(
         return
     _check(masked, real, uses_shift(model.config))
     generators = generators_of(generator, len(input_ids))
-    ends = torch.tensor([] if eos_token_id is None else eos_token_id, dtype=torch.long, device=real.device).flatten()
+    ends = torch.as_tensor([] if eos_token_id is None else eos_token_id, dtype=torch.long, device=real.device).flatten()
     decoding = _Decoding(model, input_ids, real, generators, ends, mask, settings or SamplingSettings())
     while decoding.masked.any():
         yield decoding.step()

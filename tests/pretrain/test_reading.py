@@ -60,6 +60,7 @@ SETTINGS = [
     {"order": "entropy", "block_length": 2},
     {"order": "left_to_right", "block_length": 3, "cache": "window"},
     {"order": "random", "steps": 4, "block_length": 6, "cache": "window"},
+    {"order": "random", "steps": 4, "block_length": 6, "cache": "window", "refresh_every": 2},
     {"order": "confidence", "block_length": 3, "cache": "window", "refresh_every": 2, "threshold": 0.3},
     {"threshold": 0.2, "verify_threshold": 0.9},
     {"threshold": 0.2, "verify_threshold": 0.9, "block_length": 4},
@@ -273,9 +274,12 @@ def test_a_shadow_is_a_forward_in_which_one_token_is_hidden(family, shift):
     mask[length] = True
     mask[length, [j, origin]] = False
     positions = torch.tensor([[*range(length), origin]])
-    hidden = model.hidden_states(
-        torch.cat([ids[0], extra[None]])[None], positions, AttentionPlan("sdpa", mask=mask[None, None])
-    )
+    hidden = model.diffusion_backbone(
+        input_ids=torch.cat([ids[0], extra[None]])[None],
+        position_ids=positions,
+        use_cache=False,
+        attention_plan=AttentionPlan("sdpa", mask=mask[None, None]),
+    ).last_hidden_state
     torch.testing.assert_close(checks[1], model.vocabulary_head()(hidden[0, length]))
 
 
@@ -398,6 +402,9 @@ def test_the_generation_config_gives_the_defaults(model):
     arguments = decoding_arguments(model, ids, generation_config=config)
     assert arguments["eos_token_id"] == 3 and decoding_arguments(model, ids)["eos_token_id"] == 0
     assert decoding_arguments(model, ids, eos_token_id=-1)["eos_token_id"] == -1
+    named, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    assert decoding_arguments(model, ids)["eos_token_id"] == model.config.eos_token_id == 0
+    model.generation_config.eos_token_id = named
     config.max_new_tokens = 5
     assert decoding_arguments(model, generation_config=config)["input_ids"].shape == (1, 6)
     assert decoding_arguments(model, ids, generation_config=config)["input_ids"].shape == ids.shape
@@ -419,6 +426,13 @@ def test_a_rule_that_is_given_replaces_the_rules_of_the_defaults():
     assert settings_from(defaults, {"block_length": None, "temperature": None}).block_length is None
     cached = GenerationConfig(cache="window", refresh_every=3)
     assert settings_from(cached, {"cache": None}) == SamplingSettings()
+    assert settings_from(cached, {"refresh_every": 5}) == SamplingSettings(cache="window", refresh_every=5)
+    assert settings_from(cached, {"refresh_every": None}) == SamplingSettings(cache="window")
+    calm = GenerationConfig(threshold=0.9, kl_threshold=0.1)
+    assert settings_from(calm, {"order": "entropy"}) == SamplingSettings(order="entropy")
+    greedy = GenerationConfig(do_sample=False)
+    assert settings_from(greedy, {}).temperature == 0 and settings_from(greedy, {"temperature": 0.5}).temperature == 0.5
+    assert settings_from(greedy, {}, do_sample=True).temperature == 1
     assert settings_from(None, {"compile": None, "remasking": None}) == SamplingSettings()
 
 
@@ -451,6 +465,10 @@ def test_a_streamer_gets_each_token_once_from_the_left(model, settings):
     silent = Recorder(drafts=False)
     again = model.diffusion_generate(torch.tensor([row]), streamer=silent, generator=rng(), **settings)
     assert torch.equal(again, out) and silent.said == recorder.said
+    ids, real = padded([row, row + [5] * 4], "right", 7)
+    padding = Recorder()
+    model.diffusion_generate(ids[:1], attention_mask=real[:1], streamer=padding, generator=rng(), **settings)
+    assert padding.said == recorder.said and padding.drafts == recorder.drafts, "padding is not said"
     with pytest.raises(ValueError, match="a streamer shows one row, and input_ids has 2"):
         model.diffusion_generate(torch.tensor([row, row]), streamer=recorder)
 

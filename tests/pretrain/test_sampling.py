@@ -20,7 +20,7 @@ from transformers import (
 from pretrain.model.drawing import invert, warpers
 from pretrain.model.generation import append_masks, decoding_arguments, generate
 from pretrain.model.rules import ORDERS
-from pretrain.model.sampling import allotted, blocks_of, states
+from pretrain.model.sampling import Memory, allotted, blocks_of, states
 from pretrain.model.settings import SamplingSettings
 
 MASK, VOCABULARY = 4, 5
@@ -338,6 +338,51 @@ def test_klass_waits_for_two_calm_steps():
     assert [(step == MASK).sum().item() for step in out.history] == [9, 8, 7, 6, 0]
 
 
+def test_calm_is_the_kl_divergence_from_the_step_before():
+    """KL(p_t ‖ p_{t−1}), and not the other way round; of a position asked before, and asked in the step before."""
+    before, now = torch.tensor([[0.5, 0.5], [0.5, 0.5]]), torch.tensor([[0.9, 0.1], [0.5, 0.5]])
+    forward = float((now[0] * (now[0] / before[0]).log()).sum())
+    backward = float((before[0] * (before[0] / now[0]).log()).sum())
+    assert forward < backward
+    at = torch.tensor([[True, True, False]])
+    for bound, calm in ((forward * 0.99, 0), ((forward + backward) / 2, 1)):
+        memory = Memory(at.shape, bound, torch.device("cpu"))
+        assert memory.see(before.log(), at).tolist() == [[0, 0, 0]]
+        assert memory.see(now.log(), at).tolist() == [[calm, 1, 0]]
+        shifted = torch.tensor([[False, True, True]])
+        assert memory.see(now.log()[[1, 1]], shifted).tolist() == [[0, 2, 0]], "a new position has no past"
+        assert memory.see(now.log(), at).tolist()[0][0] == 0, "nor has one that was not asked last time"
+
+
+def test_klass_remembers_masks_of_blocks_to_come():
+    """A prediction that has been calm before its block begins is committed at once when it does."""
+    law = torch.tensor([0.95, 0.05, 0, 0, 0.0])
+    out = run(fixed(law), start(1, 9), temperature=0, threshold=0.9, kl_threshold=0.01, block_length=4)
+    assert [(step == MASK).sum().item() for step in out.history] == [7, 6, 4, 0]
+
+
+def test_the_verification_of_drafts_knows_no_mask_token():
+    """Where the shadow would rather predict a mask, what is left of its probability counts."""
+
+    class Checked(Oracle):
+        def __init__(self):
+            super().__init__(lambda x: LAW.log().expand(*x.shape, VOCABULARY).clone())
+
+    from pretrain.model.sampling import _Decoding
+
+    model = Checked()
+    settings = SamplingSettings(threshold=0.1, verify_threshold=0.5)
+    x = start(1, 4)
+    decoding = _Decoding(model, x, x >= 0, [rng()], torch.tensor([]), MASK, settings)
+    drafted = torch.tensor([[False, True, True, False]])
+    decoding.ids = torch.tensor([[0, 1, 1, MASK]])
+    decoding.committed_before = torch.tensor([5])
+    checks = torch.tensor([[0.0, 4.0, 0.0, 0.0, 9.0], [4.0, 0.0, 0.0, 0.0, 9.0]])
+    decoding.reader.logits_and_checks = lambda ids, at, drafts: (None, checks)
+    _, revised = decoding._ask_and_verify(x == MASK, drafted)
+    assert revised.tolist() == [[False, False, True, False]]
+
+
 def test_more_steps_than_masks_give_remasking_room():
     x = start(50, 9)
     model = fixed(torch.tensor([0.85, 0.05, 0.05, 0.05, 0.0]))
@@ -364,14 +409,22 @@ def test_an_end_of_text_ends_a_gap_at_the_end_of_a_row_alone(order):
     cut = out.step_of[:100, 1:] < 0
     assert (cut.any(1) | (out.nfe[:100] == 20)).all()
     assert torch.equal(cut, out.confidence[:100, 1:].isnan())
+    place = torch.arange(20)
+    assert torch.equal(cut, place > first[:, None]), "the end itself was found; what follows was not"
+    real = torch.ones(100, 26, dtype=torch.long)
+    real[:, 21:] = 0
+    padded = torch.cat([x[:100], torch.ones(100, 5, dtype=torch.long)], dim=1)
+    again = run(fixed(law), padded, attention_mask=real, order=order, eos=eos)
+    assert torch.equal(again.sequences[:, :21], out.sequences[:100]), "padding does not hide that a gap is at the end"
     assert (out.tokens_per_forward <= 1).all(), "what was cut off was not generated"
 
 
 def test_an_end_of_text_waits_while_it_may_be_taken_back():
     out = run(fixed(LAW), start(300, 13), eos=3, order="random", block_length=4, remasking=0.9, steps=24)
     for state in out.history[:-1]:
-        masks = (state == MASK).any(1)
-        assert masks.any() or torch.equal(state, out.sequences)
+        for k in range(3):  # a block that has masks has ended nothing
+            has = (state[:, 1 + 4 * k : 5 + 4 * k] == MASK).any(1)
+            assert (state[has, 5 + 4 * k :] == MASK).all()
     tail = out.sequences[:, 1:]
     ended = (tail == 3).any(1)
     assert ended.any()
