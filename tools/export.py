@@ -47,7 +47,7 @@ from .run_folder import RunFolder, read_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_SIZE = "4GB"
-DECODING = {"order": "entropy", "temperature": 1.0}  # one token a step is exact; see docs/decoding.md
+DECODING = {"order": "left_to_right", "temperature": 1.0}  # one token a step is exact; see docs/decoding.md
 
 
 class Weight(Protocol):
@@ -260,8 +260,8 @@ ids = tokenizer(text, return_tensors="pt").input_ids
 print(tokenizer.decode(model.diffusion_generate(ids, temperature=0)[0]))
 ```
 
-`generation_config.json` holds the defaults: one token a step, the position with the lowest entropy first. `order`,
-`block_length`, `threshold`, `entropy_bound`, `cache="window"`, `streamer` and others are in the docstring.
+`generation_config.json` holds the defaults: one token a step, from left to right. `order` (also entropy, confidence,
+random), `block_length`, `threshold`, `entropy_bound`, `cache="window"`, `streamer` and others are in the docstring.
 
 `forward(input_ids).logits[:, i]` predict token i; {reads}
 

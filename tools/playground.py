@@ -250,7 +250,7 @@ def _controls(gradio: Any, most: int) -> dict[str, Any]:
         found["length"] = gradio.Slider(1, most, value=48, step=1, label="New tokens", info="for a text without a gap")
         found["seed"] = gradio.Number(0, label="Seed", precision=0)
     with gradio.Row():
-        found["order"] = gradio.Dropdown(list(ORDERS), value="entropy", label="Order", elem_id="order")
+        found["order"] = gradio.Dropdown(list(ORDERS), value="left_to_right", label="Order", elem_id="order")
         found["temperature"] = gradio.Slider(
             0, 2, value=0.7, step=0.05, label="Temperature", info="0: the likeliest", elem_id="temperature"
         )

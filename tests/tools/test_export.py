@@ -51,9 +51,9 @@ filled = model.diffusion_generate(masked, steps=4, generator=torch.Generator().m
 assert not (filled == tokenizer.mask_token_id).any()
 assert torch.equal(filled[:, 1:3], ids[:, 1:3]) and torch.equal(filled[:, 9:], ids[:, 9:])
 assert tokenizer.mask_token_id == model.config.mask_token_id
-assert model.generation_config.order == "entropy" and model.generation_config.do_sample
+assert model.generation_config.order == "left_to_right" and model.generation_config.do_sample
 call = {"return_dict_in_generate": True, "temperature": 0, "eos_token_id": -1}
-by_default, named = (model.diffusion_generate(masked, **call, **more) for more in ({}, {"order": "entropy"}))
+by_default, named = (model.diffusion_generate(masked, **call, **more) for more in ({}, {"order": "left_to_right"}))
 assert torch.equal(by_default.step_of, named.step_of), "generation_config.json gives the defaults"
 for more in ({"order": "random"}, {"cache": "window", "block_length": 3}, {"threshold": 0.1, "verify_threshold": 0.2}):
     assert not (model.diffusion_generate(masked, **more) == tokenizer.mask_token_id).any()
@@ -62,7 +62,7 @@ model.save_pretrained(out + ".again")
 again = AutoModel.from_pretrained(out + ".again", trust_remote_code=True).eval()
 with torch.no_grad():
     assert torch.equal(again(ids).logits, logits), "not the same after save_pretrained"
-assert again.generation_config.order == "entropy"
+assert again.generation_config.order == "left_to_right"
 """
 
 
