@@ -287,6 +287,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=TALES, help="JSONL with `text`; default: the demo's tales")
     parser.add_argument("--output", type=Path, default=Path("runs/decoding.md"))
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load(args.checkpoint, device="cpu")
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
     lines = [
@@ -305,7 +306,6 @@ def main() -> None:
     gguf = tuple(args.llama_cpp) if args.llama_cpp else None
     lines += ["", "### One step over 64 positions", "", "| | ms |", "| --- | --- |"]
     lines += [f"| {name} | {ms:.0f} |" for name, ms in step_table(model, 64, gguf)]
-    args.output.parent.mkdir(exist_ok=True)
     args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
