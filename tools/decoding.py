@@ -210,19 +210,6 @@ def complete_all(
         yield [Completion(r, text, nfe, per_forward, seconds) for r, text, nfe, per_forward in counts]
 
 
-def complete(
-    model: Any, tokenizer: Any, text: str, *, num_samples: int = 1, seed: int = 0, **settings: Any
-) -> list[str]:
-    """`num_samples` completions of a text with [MASK:n] gaps. Raises UserError for a text that is too long."""
-    try:
-        chosen = SamplingSettings(**settings)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    requests = [request(text, model, tokenizer, sample) for sample in range(num_samples)]
-    batches = complete_all(model, tokenizer, requests, seed, max(1, num_samples), chosen)
-    return [completion.text for batch in batches for completion in batch]
-
-
 def settings_of(model: Any, given: dict[str, Any]) -> SamplingSettings:
     """The settings given, and for the others the checkpoint's defaults. Raises UserError for bad ones.
 

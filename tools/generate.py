@@ -44,7 +44,7 @@ FLAGS: dict[str, tuple[type, str]] = {
     "top_p": (float, "draw from the most probable tokens that hold this share of probability"),
     "min_p": (float, "draw from tokens with this share of the best one's probability, or more"),
     "repetition_penalty": (float, "above 1, tokens that are there already become less likely"),
-    "order": (str, "which masks are filled first; default: random, with a rule below what that rule ranks by"),
+    "order": (str, "which masks are filled first; with a rule below, by default what that rule ranks by"),
     "block_length": (int, "fill so many masks at a time, from left to right; 0: all at once"),
     "threshold": (float, "a step also takes all tokens of a higher probability (Fast-dLLM); 0.9 is usual"),
     "factor": (float, "a step takes n tokens if (n + 1)(1 - the n-th probability) is less (Fast-dLLM)"),
@@ -66,7 +66,10 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
     for name, (kind, text) in FLAGS.items():
         group.add_argument(f"--{name}", type=kind, choices=CHOICES.get(name), help=text)
     group.add_argument(
-        "--compile", action="store_true", default=None, help="torch.compile; pays for long texts on a GPU"
+        "--compile",
+        action="store_true",
+        default=None,
+        help="torch.compile: half a minute a length, then faster",
     )
 
 

@@ -84,10 +84,9 @@ class Writer:
         ids = self._base_ids(prompt, count)
         stopped = Event()
         streamer = _Counting(self.base_tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
-        sampling: dict[str, Any] = {"do_sample": given.get("temperature", 1.0) > 0}
-        if sampling["do_sample"]:
-            sampling.update({k: given[k] for k in ("temperature", "top_p", "top_k", "min_p") if given.get(k)})
-            sampling["temperature"] = float(given.get("temperature", 1.0))
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        sampling: dict[str, Any] = {name: given[name] for name in names if given.get(name)}
+        sampling["do_sample"] = given.get("temperature") != 0
         failed: list[Exception] = []
 
         def run() -> None:
@@ -176,13 +175,13 @@ def chosen_settings(values: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{name} is empty, expected a number")
         if abs(values[name]) > 1e9:
             raise UserError(f"{name} is {values[name]:g}, expected a number below 1e9")
-    given = {name: (int(values[name]) if whole else values[name]) or None for name, whole in UNSET.items()}
+    given: dict[str, Any] = {
+        name: (int(values[name]) if whole else float(values[name])) or None for name, whole in UNSET.items()
+    }
     given |= {"order": values["order"], "temperature": float(values["temperature"])}
     if values["rule"] != "none":
         given[values["rule"]] = values["level"]
     given["cache"] = "window" if values["cache"] else None
-    if given["remasking"] is None:
-        given["remasking"] = 0.0
     return given
 
 

@@ -147,9 +147,10 @@ def generate(
     attention_mask: torch.Tensor | None = None,
     streamer: Any = None,
     return_dict_in_generate: bool = False,
-    **settings: Any,
+    settings: SamplingSettings | None = None,
+    **others: Any,
 ) -> torch.Tensor | DiffusionGenerateOutput:
-    """Replace every mask token of `input_ids` (B, L) by a sample; other tokens stay. The arguments are of `states`.
+    """Replace every mask token of `input_ids` (B, L) by a sample; other tokens stay. The `others` are of `states`.
 
     `streamer`, for one row: gets the tokens that have come to stay from the left (`put`), and where it has
     `put_draft` also the rest with the model's proposals, after each step; transformers' TextDiffusionStreamer.
@@ -160,12 +161,12 @@ def generate(
     if streamer is not None:
         first = 0 if attention_mask is None else int(attention_mask[0].long().argmax())
         last = None if attention_mask is None else first + int(attention_mask[0].sum())
-        stream = _Stream(streamer, settings.get("settings") or SamplingSettings(), first, last)
+        stream = _Stream(streamer, settings or SamplingSettings(), first, last)
     ids, nfe = input_ids.clone(), torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
     step_of = torch.full_like(input_ids, -1)
     confidence = torch.full(input_ids.shape, torch.nan, device=input_ids.device)
     history = []
-    for step, state in enumerate(states(model, input_ids, attention_mask, **settings)):
+    for step, state in enumerate(states(model, input_ids, attention_mask, settings=settings, **others)):
         if stream is not None:
             stream.show(state, state.masked[0] | ~state.confidence[0].isnan())
         if return_dict_in_generate:

@@ -9,7 +9,8 @@ from helpers import SHARED, launch
 from transformers import AutoTokenizer
 
 from common.errors import UserError
-from tools.decoding import complete, encode, load, pieces
+from pretrain.model.settings import SamplingSettings
+from tools.decoding import complete_all, encode, load, pieces, request
 from tools.export import export
 from tools.figures import loss_figure
 from tools.generate import main, read_prompts, rule_of
@@ -110,8 +111,9 @@ def test_without_the_shift_a_gap_at_the_front_needs_no_start_token(tiny_run, tmp
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     model, tokenizer = load(str(export(folder, tmp_path / "exported")), device="cpu")
     model.config.diffusion["start_token_id"] = None
-    [text] = complete(model, tokenizer, "[MASK:3] went to the river.", steps=3)
-    assert text.endswith(" went to the river.") and len(text) > len(" went to the river.")
+    asked = request("[MASK:3] went to the river.", model, tokenizer)
+    [[found]] = complete_all(model, tokenizer, [asked], 0, 1, SamplingSettings(steps=3))
+    assert found.text.endswith(" went to the river.") and len(found.text) > len(" went to the river.")
 
 
 def test_encode_counts_gaps_and_needs_a_start(tokenizer):
