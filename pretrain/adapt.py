@@ -220,7 +220,7 @@ def _new_model(config: PretrainedConfig, dtype: torch.dtype, seed: int) -> Any:
 
 def describe_model(config: PretrainedConfig, shipped: dict[str, Any]) -> None:
     """Write what the objective ships into the model's configuration, and nothing of what another one left there."""
-    for key in ("diffusion", "mask_token_id"):
+    for key in ("diffusion", "mask_token_id", "is_causal"):
         if hasattr(config, key) and key not in shipped:
             delattr(config, key)
     config.update(shipped)

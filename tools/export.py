@@ -2,19 +2,24 @@
 
     python -m tools.export runs/diffugpt_s exports/diffugpt_s
     python -m tools.export runs/diffugpt_s exports/base --step 0     # the model before training, with its mask token
+    python -m tools.export runs/diffullama exports/gguf --for llama.cpp
+    python -m tools.export runs/diffugpt_s exports/gpt2 --as_autoregressive
 
 In: RUN_DIR. Out: a folder with safetensors under the base architecture's own parameter names, config.json, the
 tokenizer and a model card. Of a masked diffusion run it also holds the mask token and the code that trained:
 
     AutoModel.from_pretrained("exports/diffugpt_s", trust_remote_code=True)
 
+Where transformers' own class can be bidirectional, AutoModelForCausalLM loads it too, without remote code.
 An autoregressive run gives a plain causal language model of transformers, without code of this project:
 
     AutoModelForCausalLM.from_pretrained("exports/gpt")
 
+Before the folder is there, the logits of what was written are compared with those of the checkpoint.
 DeepSpeed keeps checkpoints as pickles: export only runs that you trust.
 """
 
+import copy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,15 +30,31 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer,
 
 from common.cli import command, make_parser
 from common.errors import UserError
+from common.files import atomic_folder
+from common.log import log
 from pretrain import adapt
 from pretrain.model.modeling_diffullama import DiffusionModel, diffusion_class
 from pretrain.runtime.checkpoint import find_checkpoint
 
-from .card import model_card
+from . import llama_cpp
+from .card import write_card
+from .parity import compare, fixed_batch, logits_of
 from .run_folder import RunFolder, read_run
-from .shipping import check_free, write_folder
+from .shipping import check_free, describe_for_transformers
 from .trained import trained_weights
-from .weights import DTYPES, MAX_SHARD_SIZE, Weight, empty_model
+from .weights import (
+    DTYPES,
+    MAX_SHARD_SIZE,
+    Weight,
+    empty_model,
+    first_rows,
+    matched_weights,
+    save_weights,
+    split_into_files,
+    stored_weights,
+)
+
+TARGETS = ("transformers", "llama.cpp")
 
 
 def export(
@@ -42,13 +63,16 @@ def export(
     step: int | None = None,
     dtype: str = "auto",
     max_shard_size: str = MAX_SHARD_SIZE,
+    target: str = "transformers",
 ) -> Path:
-    """Write the Hugging Face folder and return its path.
+    """Write the folder, whole or not at all, and return its path.
 
     `step` None takes the newest checkpoint, 0 the model before training. `dtype` "auto" takes the one that training
     computed in, which gives the trained model's logits exactly. `max_shard_size` limits each weights file; as much
-    is in memory at once.
-    Raises UserError for an `out_dir` that is not empty and for a run without that checkpoint.
+    is in memory at once. `target`: transformers; llama.cpp; or autoregressive, the base's own architecture and
+    vocabulary, causal and without the mask.
+    Raises UserError for an `out_dir` that is not empty, for a run without that checkpoint, for a model that the target
+    does not take, and where the logits of what was written are not the trained ones.
     """
     out_dir = Path(out_dir)
     check_free(out_dir)
@@ -58,20 +82,70 @@ def export(
         raise UserError(f"{described} not found; the run has not begun to train")
     config = AutoConfig.from_pretrained(described)
     tokenizer = AutoTokenizer.from_pretrained(described)
-    weights, about = _untrained(run, config) if step == 0 else _trained(run, step)
-    if dtype != "auto":
-        about["dtype"] = dtype
-    model = empty_model(config, DTYPES[about["dtype"]], shipped_class(run, config))
+    check_target(run, config, target)
+    sentencepiece = llama_cpp.sentencepiece_model(run.config.model, tokenizer) if target == "llama.cpp" else None
+    trained, about = _untrained(run, config) if step == 0 else _trained(run, step)
+    config.dtype = DTYPES[about["dtype"]]
+    shipped = copy.deepcopy(config)
+    if target == "autoregressive" and run.config.objective != "autoregressive":
+        shipped = base_as_it_was(run)
+        tokenizer = adapt.load_tokenizer(run.config.model)
+    shipped.dtype = config.dtype if dtype == "auto" else DTYPES[dtype]
+    model = empty_model(shipped, shipped.dtype, shipped_class(run, config, target))
+    weights = matched_weights(first_rows(trained, model) if target == "autoregressive" else trained, model)
+    files = split_into_files(weights, model.dtype, max_shard_size)
     _describe(model, about)
-    write_folder(out_dir, model, weights, tokenizer, model_card(run, model, about), max_shard_size)
+    with atomic_folder(out_dir) as folder:
+        save_weights(weights, files, model.dtype, folder)
+        if target == "llama.cpp":
+            llama_cpp.write_description(folder, model.config, tokenizer, sentencepiece)
+        else:
+            describe_for_transformers(folder, model, tokenizer)
+        write_card(folder, run, model, about, target)
+        shipped = model.config if target == "llama.cpp" else AutoConfig.from_pretrained(folder)
+        check_parity(folder, shipped, trained, config, type(model))
     return out_dir
 
 
-def shipped_class(run: RunFolder, config: PretrainedConfig) -> Any:
+def check_target(run: RunFolder, config: PretrainedConfig, target: str) -> None:
+    """Raise UserError where what is asked for cannot be made of this run."""
+    if target == "autoregressive" and run.config.model.init == "random":
+        raise UserError("--as_autoregressive gives back the base's architecture, and this run began without a base")
+    if target == "llama.cpp":
+        autoregressive = run.config.objective == "autoregressive"
+        reason = "this run is autoregressive: export it as usual" if autoregressive else llama_cpp.why_not(config)
+        if reason:
+            raise UserError(f"llama.cpp cannot run this model: {reason}")
+
+
+def shipped_class(run: RunFolder, config: PretrainedConfig, target: str = "transformers") -> Any:
     """The class of the exported model: with bidirectional attention, or transformers' own where nothing is masked."""
-    if run.config.objective == "autoregressive":
+    if "autoregressive" in (run.config.objective, target):
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return diffusion_class(type(config))
+
+
+def base_as_it_was(run: RunFolder) -> PretrainedConfig:
+    """The configuration of the base that the run began with, and nothing of diffusion in it. Raises UserError."""
+    config = adapt.base_config(run.config.model, seq_len=0)
+    adapt.describe_model(config, {})
+    return config
+
+
+def check_parity(
+    folder: Path, shipped: PretrainedConfig, trained: Mapping[str, Weight], config: PretrainedConfig, model_class: Any
+) -> None:
+    """Say how the logits of the weights in `folder` compare with those of the trained ones, on a fixed batch.
+
+    `shipped` describes the first, `config` the second. Raises UserError where they differ in the same dtype.
+    """
+    ids = fixed_batch(config, vocabulary=shipped.vocab_size)
+    written = logits_of(model_class, shipped, stored_weights(folder), ids)
+    expected = logits_of(model_class, config, trained, ids)[..., : shipped.vocab_size]
+    parity = compare(written, expected)
+    log.info("%s", parity)
+    if shipped.dtype == config.dtype and not parity.exact:
+        raise UserError(f"the written weights are not the trained ones; nothing was kept ({parity})")
 
 
 def _untrained(run: RunFolder, config: PretrainedConfig) -> tuple[Mapping[str, Weight], dict]:
@@ -81,19 +155,6 @@ def _untrained(run: RunFolder, config: PretrainedConfig) -> tuple[Mapping[str, W
     dtype = "bf16" if config.dtype == torch.bfloat16 else "fp32"
     model = adapt.load_model(run.config.model, base, mask_token_id, DTYPES[dtype], seed=run.config.train.seed)
     return model.state_dict(), {"step": 0, "tokens": 0, "dtype": dtype}
-
-
-def _describe(model: PreTrainedModel, about: dict) -> None:
-    """Make the run's config.json that of the export: its dtype, its class, the steps behind it."""
-    config: Any = model.config
-    config.dtype = model.dtype
-    config.architectures = [type(model).__name__]
-    if isinstance(model, DiffusionModel):
-        config.diffusion = {**config.diffusion, "step": about["step"], "tokens": about["tokens"]}
-        return
-    config.use_cache = True  # training goes without; decoding from left to right would be slow
-    if hasattr(config, "auto_map"):  # of a diffusion model that the run began with
-        del config.auto_map
 
 
 def _trained(run: RunFolder, step: int | None) -> tuple[Mapping[str, Weight], dict]:
@@ -108,6 +169,19 @@ def _trained(run: RunFolder, step: int | None) -> tuple[Mapping[str, Weight], di
     return trained_weights(folder, about["zero_stage"]), about
 
 
+def _describe(model: PreTrainedModel, about: dict) -> None:
+    """Make config.json that of the export: its dtype, its class, the steps behind it."""
+    config: Any = model.config
+    config.dtype = model.dtype
+    config.architectures = [type(model).__name__]
+    if isinstance(model, DiffusionModel):
+        config.diffusion = {**config.diffusion, "step": about["step"], "tokens": about["tokens"]}
+        return
+    config.use_cache = True  # training goes without; decoding from left to right would be slow
+    if hasattr(config, "auto_map"):  # of a diffusion model that the run began with
+        del config.auto_map
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Export; returns the exit code."""
@@ -119,8 +193,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--max_shard_size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of a weights file; default: %(default)s"
     )
+    parser.add_argument(
+        "--for", dest="target", choices=TARGETS, default="transformers", help="who reads it; default: %(default)s"
+    )
+    parser.add_argument(
+        "--as_autoregressive",
+        action="store_true",
+        help="give the weights back in the base's own architecture and vocabulary: causal, no mask token",
+    )
     args = parser.parse_args(argv)
-    print(f"wrote {export(args.run_dir, args.out_dir, args.step, args.dtype, args.max_shard_size)}")
+    if args.as_autoregressive and args.target != "transformers":
+        raise UserError(f"--as_autoregressive goes with --for transformers, not with --for {args.target}")
+    target = "autoregressive" if args.as_autoregressive else args.target
+    print(f"wrote {export(args.run_dir, args.out_dir, args.step, args.dtype, args.max_shard_size, target)}")
     return 0
 
 

@@ -22,12 +22,16 @@ def loss_figure(run_dirs: list[str | Path], output: str | Path) -> Path:
 
     Raises UserError for a run without a finished step and for runs of different objectives.
     """
+    return draw_runs([read_run(run_dir) for run_dir in run_dirs], output)
+
+
+def draw_runs(runs: list[RunFolder], output: str | Path) -> Path:
+    """As `loss_figure`, of runs that have been read."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = [read_run(run_dir) for run_dir in run_dirs]
     check_comparable(runs)
     annealed = any("anneal_ratio" in m for run in runs for m in run.metrics)
     figure, axes = plt.subplots(

@@ -34,7 +34,7 @@ def write_folder(
 ) -> None:
     """Write what `model`, which needs no storage, is with these weights: whole, or not at all.
 
-    One weights file at a time is in memory. A diffusion model brings its code and its decoding defaults.
+    One weights file at a time is in memory.
     Raises UserError for an `out_dir` that is not empty and for weights that do not fit the model.
     """
     check_free(out_dir)
@@ -42,12 +42,18 @@ def write_folder(
     files = split_into_files(weights, model.dtype, max_shard_size)
     with atomic_folder(out_dir) as folder:
         save_weights(weights, files, model.dtype, folder)
-        if isinstance(model, DiffusionModel):
-            model.save_code(folder)
-            generation_defaults(model.config, tokenizer).save_pretrained(folder)
-        model.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        describe_for_transformers(folder, model, tokenizer)
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def describe_for_transformers(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
+    """Write configuration and tokenizer, and of a diffusion model its code and its decoding defaults."""
+    if isinstance(model, DiffusionModel):
+        model.describe_code()
+        model.save_code(folder)
+        generation_defaults(model.config, tokenizer).save_pretrained(folder)
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def generation_defaults(config: Any, tokenizer: Any) -> GenerationConfig:

@@ -9,6 +9,7 @@ The files are mapped, not read: what is in memory is the weight that is asked fo
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ def trained_weights(folder: Path, zero_stage: int) -> Mapping[str, Weight]:
 
     The files are pickles: only of runs that you trust. Raises ValueError where the pieces do not fill the weights.
     """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading the pickles imports deepspeed, which would warn
     if zero_stage == 0:
         return _read(folder / "mp_rank_00_model_states.pt")["module"]
     model = _read(min(folder.glob("*_model_states.pt"), key=_rank))

@@ -23,7 +23,8 @@ MAX_SHARD_SIZE = "4GB"
 class Weight(Protocol):
     """A tensor, or what is read from disk when `contiguous` is called."""
 
-    shape: torch.Size
+    @property
+    def shape(self) -> torch.Size: ...
 
     def contiguous(self) -> torch.Tensor: ...
 
@@ -47,6 +48,32 @@ def matched_weights(weights: Mapping[str, Weight], model: PreTrainedModel) -> di
             raise UserError(f"the weights do not fit the configuration: {name} has shape {shapes}")
         found[name] = weight
     return found
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """The first `rows` rows of a weight."""
+
+    weight: Weight
+    rows: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([self.rows, *self.weight.shape[1:]])
+
+    def contiguous(self) -> torch.Tensor:
+        return self.weight.contiguous()[: self.rows].contiguous()
+
+
+def first_rows(weights: Mapping[str, Weight], model: PreTrainedModel) -> dict[str, Weight]:
+    """The weights, those of which `model` has fewer rows cut to these: a vocabulary without its last tokens."""
+    expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
+
+    cut: dict[str, Weight] = dict(weights)
+    for name, shape in expected.items():
+        if name in cut and cut[name].shape[1:] == shape[1:] and cut[name].shape[0] > shape[0]:
+            cut[name] = FirstRows(cut[name], shape[0])
+    return cut
 
 
 def split_into_files(weights: Mapping[str, Weight], dtype: torch.dtype, max_shard_size: str) -> StateDictSplit:

@@ -25,6 +25,7 @@ from .generation import DiffusionGenerateOutput, decoding_arguments, generate
 from .loss import VocabularyHead, select_loss
 from .reading import uses_shift
 from .sampling import State, states
+from .stock import BIDIRECTIONAL, CUSTOM_GENERATE
 from .visibility import Visibility, positions_of, with_padding
 
 REMOTE_CODE = (
@@ -39,6 +40,7 @@ REMOTE_CODE = (
     "rules.py",
     "sampling.py",
     "settings.py",
+    "stock.py",
     "visibility.py",
 )
 AUTO_MAP = {name: "modeling_diffullama.AutoDiffusionLM" for name in ("AutoModel", "AutoModelForMaskedLM")}
@@ -231,17 +233,25 @@ class DiffusionModel(_CausalLM):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Weights, configuration and the code that loads them, complete for `from_pretrained`."""
-        self.config.auto_map = dict(AUTO_MAP)
+        self.describe_code()
         super().save_pretrained(save_directory, **kwargs)
         self.save_code(save_directory)
 
+    def describe_code(self) -> None:
+        """Name this code in the configuration, and make transformers' own bidirectional where it can be."""
+        self.config.auto_map = dict(AUTO_MAP)
+        if self.config.model_type in BIDIRECTIONAL:
+            self.config.is_causal = False
+
     def save_code(self, save_directory: str | Path) -> None:
         """What a folder with weights and configuration also needs for `trust_remote_code`."""
-        self.config.auto_map = dict(AUTO_MAP)
+        folder = Path(save_directory)
         for name in REMOTE_CODE:
-            target = Path(save_directory) / name
+            target = folder / name
             if not target.exists() or not target.samefile(Path(__file__).with_name(name)):
                 shutil.copyfile(Path(__file__).with_name(name), target)
+        (folder / "custom_generate").mkdir(exist_ok=True)
+        (folder / "custom_generate" / "generate.py").write_text(CUSTOM_GENERATE, encoding="utf-8")
 
 
 @lru_cache
