@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # two environments that shared one folder would rebuild DeepSpeed's extensions for each other
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: help setup demo test test-fast lint typecheck format bench gpu-check clean
+.PHONY: help setup demo test test-fast lint typecheck format bench llama-cpp gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -57,6 +57,20 @@ bench: setup .venv-bench/.installed ## measure beside the alternatives; writes t
 	$(BIN)/python benchmarks/corpus.py $(TEXT) --tokenizer $(TOKENIZER) --peers .venv-bench/bin/python
 	$(BIN)/python benchmarks/attention.py
 	$(if $(CHECKPOINT),$(BIN)/python benchmarks/decoding.py $(CHECKPOINT) --base $(BASE),@echo "decoding is not measured: no CHECKPOINT, and make demo has not run")
+
+LLAMA_CPP = .llama.cpp/build/bin/llama-diffusion-cli
+
+llama-cpp: $(LLAMA_CPP) ## llama.cpp's diffusion decoder and its converter, built from PyPI's llama-cpp-python
+
+# the sdist carries llama.cpp's sources, so neither GitHub nor a hub is needed
+$(LLAMA_CPP): | setup
+	$(BIN)/pip install -q cmake ninja
+	mkdir -p .llama.cpp
+	$(BIN)/pip download -q --no-deps --no-binary llama-cpp-python -d .llama.cpp llama-cpp-python==0.3.36
+	tar -xzf .llama.cpp/llama_cpp_python-0.3.36.tar.gz -C .llama.cpp --strip-components=3 llama_cpp_python-0.3.36/vendor/llama.cpp
+	$(BIN)/cmake -S .llama.cpp -B .llama.cpp/build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
+		-DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TESTS=OFF
+	$(BIN)/cmake --build .llama.cpp/build --target llama-diffusion-cli
 
 gpu-check: setup ## on a CUDA machine: backends against the reference, then their speed
 	$(BIN)/python -m pytest -q tests/gpu

@@ -50,7 +50,16 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 def tiny_config(family: str, vocabulary: int = VOCABULARY):
     """The configuration of a causal LM with 2 layers of width 32."""
-    from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
+    from transformers import (
+        Gemma3TextConfig,
+        GPT2Config,
+        LlamaConfig,
+        MistralConfig,
+        Olmo2Config,
+        Qwen2Config,
+        Qwen3Config,
+        SmolLM3Config,
+    )
 
     special = {"bos_token_id": 1, "eos_token_id": 0}
     grouped = {
@@ -66,7 +75,11 @@ def tiny_config(family: str, vocabulary: int = VOCABULARY):
     return {
         "llama": lambda: LlamaConfig(**grouped, tie_word_embeddings=False),
         "llama_tied": lambda: LlamaConfig(**grouped, tie_word_embeddings=True),
+        "qwen2": lambda: Qwen2Config(**grouped),
         "qwen3": lambda: Qwen3Config(**grouped, head_dim=16),
+        "gemma3": lambda: Gemma3TextConfig(**grouped, head_dim=8, sliding_window=64, pad_token_id=0),
+        "olmo2": lambda: Olmo2Config(**grouped, pad_token_id=0),
+        "smollm3": lambda: SmolLM3Config(**grouped, pad_token_id=0),
         "mistral": lambda: MistralConfig(**grouped, sliding_window=None),
         "gpt2": lambda: GPT2Config(
             vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=256, **special

@@ -54,10 +54,25 @@ def write_description(folder: Path, config: Any, tokenizer: Any, sentencepiece: 
         "rope_theta": config.rope_parameters["rope_theta"],
     }
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    write_tokenizer(folder, tokenizer, sentencepiece)
+
+
+def write_tokenizer(folder: Path, tokenizer: Any, sentencepiece: Path | None) -> None:
+    """Write the tokenizer, and where it is one of SentencePiece also that file and the tokens appended to it."""
+    ids = tokenizer("a").input_ids
     tokenizer.chat_template = CONTINUE_THE_PROMPT
     tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    # said outright: where these are missing, the converter assumes what LLaMA's tokenizer does
+    settings["add_bos_token"] = ids[0] == tokenizer.bos_token_id
+    settings["add_eos_token"] = ids[-1] == tokenizer.eos_token_id
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if sentencepiece is not None:
-        _add_sentencepiece(folder, sentencepiece, tokenizer)
+        shutil.copyfile(sentencepiece, folder / "tokenizer.model")
+        known = SentencePieceProcessor(model_file=str(sentencepiece)).vocab_size()
+        appended = {token: i for token, i in tokenizer.get_added_vocab().items() if i >= known}
+        (folder / "added_tokens.json").write_text(json.dumps(appended) + "\n", encoding="utf-8")
 
 
 def sentencepiece_model(base: ModelConfig, tokenizer: Any) -> Path | None:
@@ -78,11 +93,3 @@ def sentencepiece_model(base: ModelConfig, tokenizer: Any) -> Path | None:
     if found is None:
         raise UserError(f"llama.cpp needs the tokenizer.model of {base.base}, and it has none; add the file there")
     return Path(found)
-
-
-def _add_sentencepiece(folder: Path, model: Path, tokenizer: Any) -> None:
-    """Copy tokenizer.model, and name the tokens that were appended to it, such as the mask."""
-    shutil.copyfile(model, folder / "tokenizer.model")
-    known = SentencePieceProcessor(model_file=str(model)).vocab_size()
-    appended = {token: i for token, i in tokenizer.get_added_vocab().items() if i >= known}
-    (folder / "added_tokens.json").write_text(json.dumps(appended) + "\n", encoding="utf-8")
