@@ -2,6 +2,7 @@
 
     python -m tools.export runs/diffugpt_s exports/diffugpt_s
     python -m tools.export runs/diffugpt_s exports/base --step 0     # the model before training, with its mask token
+    python -m tools.export runs/diffugpt_s exports/diffugpt_s --push_to_hub my-team/diffugpt_s      # see docs/hub.md
 
 In: RUN_DIR. Out: a folder with safetensors under the base architecture's own parameter names, config.json, the
 tokenizer and a model card. Of a masked diffusion run it also holds the mask token and the code that trained:
@@ -16,6 +17,7 @@ DeepSpeed keeps checkpoints as pickles: export only runs that you trust.
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from pretrain import adapt
 from pretrain.model.modeling_diffullama import DiffusionModel, diffusion_class
 from pretrain.runtime.checkpoint import find_checkpoint
 
+from . import repository
 from .card import model_card
 from .run_folder import RunFolder, read_run
 from .shipping import check_free, write_folder
@@ -108,6 +111,16 @@ def _trained(run: RunFolder, step: int | None) -> tuple[Mapping[str, Weight], di
     return trained_weights(folder, about["zero_stage"]), about
 
 
+def _push(args: Namespace) -> str:
+    """Push the export; returns the commit's URL. Raises UserError that says how to push again without an export."""
+    options = (f" --revision {args.revision}" if args.revision else "") + (" --private" if args.private else "")
+    try:
+        return repository.push(args.out_dir, args.push_to_hub, args.revision, args.private)
+    except (UserError, repository.HubUnreachable) as error:
+        again = f"python -m tools.hub push {args.out_dir} {args.push_to_hub}{options}"
+        raise UserError(f"{error}; the export is in {args.out_dir}, push it with: {again}") from None
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Export; returns the exit code."""
@@ -119,8 +132,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--max_shard_size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of a weights file; default: %(default)s"
     )
+    parser.add_argument("--push_to_hub", metavar="org/name", help="then push it to this repository of the Hub")
+    parser.add_argument("--revision", metavar="BRANCH", help="of the repository; default: main")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
     args = parser.parse_args(argv)
+    if not args.push_to_hub and (args.revision or args.private):
+        raise UserError("--revision and --private are of a push; give --push_to_hub org/name with them")
+    if args.push_to_hub:  # what would fail after the export is to fail now
+        check_free(Path(args.out_dir))
+        repository.check_repo_id(args.push_to_hub, args.revision)
+        repository.prepare(args.push_to_hub, args.private)
     print(f"wrote {export(args.run_dir, args.out_dir, args.step, args.dtype, args.max_shard_size)}")
+    if args.push_to_hub:
+        print(f"pushed {_push(args)}")
     return 0
 
 
