@@ -36,6 +36,7 @@ SILENT_SECONDS = 300.0  # in which the Hub neither sends nor takes a byte; huggi
 INDEX = "model.safetensors.index.json"
 # What another export would leave behind: from_pretrained might read it beside, or instead of, the new files.
 REPLACED = ("*.safetensors", INDEX, "*.gguf", "pytorch_model*", "generation_config.json")
+NOT_PUSHED = (".git", ".cache")  # folders of git and huggingface_hub in a downloaded model
 
 
 class HubUnreachable(ConnectionError):
@@ -86,7 +87,8 @@ def push(
     """
     folder = Path(folder)
     check_repo_id(repo_id, revision)
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name.as_posix(): path for name, path in paths.items() if name.parts[0] not in NOT_PUSHED}
     index = json.loads(files[INDEX].read_text()) if INDEX in files else {}
     _check_complete(files, index, str(folder))
     prepare(repo_id, private)

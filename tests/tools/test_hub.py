@@ -275,8 +275,13 @@ def test_no_weights_of_an_earlier_push_remain(before, after, hub, tmp_path):
 
 
 def test_a_push_of_what_is_there_makes_no_commit(hub, tmp_path):
+    """Nor do the notes of git and huggingface_hub in a folder that was downloaded."""
     folder = model(tmp_path / "model", 1, shards=2)
-    assert push(folder, REPO) == push(folder, REPO)
+    url = push(folder, REPO)
+    for name in (".git", ".cache"):
+        (folder / name).mkdir()
+        (folder / name / "notes").write_text("")
+    assert push(folder, REPO) == url
     assert len(hub.titles(REPO, "main")) == 2
 
 
