@@ -22,8 +22,10 @@ from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, Rev
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils._http import default_client_factory
+from huggingface_hub.utils.sha import git_hash
 
 from common.errors import UserError
+from common.files import sha256_of
 from common.log import log
 
 from .shipping import check_free
@@ -144,7 +146,7 @@ def read_json(repo_id: str, name: str, commit: str) -> dict:
 
 
 def pull(repo_id: str, out_dir: str | Path, revision: str | None = None) -> Path:
-    """Download `revision` (None: main) to `out_dir`, which appears when it is complete; returns its path.
+    """Download `revision` (None: main) to `out_dir`, which appears complete, its hashes compared; returns its path.
 
     Until then files come to OUT_DIR.tmp, where the same call continues after a kill. Raises UserError for an
     `out_dir` that is not empty, and for a revision that is missing or holds no whole model.
@@ -155,22 +157,24 @@ def pull(repo_id: str, out_dir: str | Path, revision: str | None = None) -> Path
     api = _api()
     commit = _attempt(repo_id, lambda: api.model_info(repo_id, revision=revision)).sha
     tree = _attempt(repo_id, lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
-    sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
-    index = read_json(repo_id, INDEX, str(commit)) if INDEX in sizes else {}
-    _check_complete(sizes, index, f"{repo_id} ({revision or 'main'})")
+    files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    index = read_json(repo_id, INDEX, str(commit)) if INDEX in files else {}
+    _check_complete(files, index, f"{repo_id} ({revision or 'main'})")
     temporary = out_dir.with_name(out_dir.name + ".tmp")
 
     def download() -> None:
         api.snapshot_download(repo_id, revision=commit, local_dir=temporary)
-        # without a connection snapshot_download returns what a former call has left, complete or not
-        wrong = [name for name, size in sizes.items() if not _has_size(temporary / name, size)]
+        # where the Hub does not answer, snapshot_download takes what a former call has left for what it wants
+        wrong = [name for name, entry in files.items() if not _is_whole(temporary / name, entry)]
+        for name in wrong:
+            (temporary / name).unlink(missing_ok=True)
         if wrong:
-            raise ConnectionError(f"{len(wrong)} of {len(sizes)} files have not come")
+            raise ConnectionError(f"{len(wrong)} of {len(files)} files have not come")
 
     _attempt(repo_id, download)
     shutil.rmtree(temporary / ".cache", ignore_errors=True)  # what huggingface_hub notes down for continuing
     for path in [path for path in temporary.rglob("*") if path.is_file()]:
-        if path.relative_to(temporary).as_posix() not in sizes:
+        if path.relative_to(temporary).as_posix() not in files:
             path.unlink()  # of another revision, whose pull was killed
     if out_dir.exists():
         out_dir.rmdir()
@@ -178,8 +182,11 @@ def pull(repo_id: str, out_dir: str | Path, revision: str | None = None) -> Path
     return out_dir
 
 
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+def _is_whole(path: Path, entry: RepoFile) -> bool:
+    """Whether a file has the content that the Hub lists, by its hash."""
+    if not path.is_file() or path.stat().st_size != entry.size:
+        return False
+    return sha256_of(path) == entry.lfs.sha256 if entry.lfs else git_hash(path.read_bytes()) == entry.blob_id
 
 
 @functools.cache

@@ -367,6 +367,17 @@ def test_a_pull_survives_failures(how, hub, tmp_path):
         assert sum(fault.times for fault in hub.faults) == 0, f"{call} was not made"
 
 
+def test_a_pull_does_not_take_what_another_left_for_what_it_wants(hub, tmp_path):
+    """huggingface_hub does, where the Hub does not tell it what the file should be."""
+    push(model(tmp_path / "model", 1, shards=2), REPO)
+    for number, name in enumerate(("config.json", "model-00001-of-00002.safetensors")):
+        out = tmp_path / f"out_{number}"
+        (tmp_path / f"out_{number}.tmp").mkdir()
+        (tmp_path / f"out_{number}.tmp" / name).write_bytes(b"x" * len(hub.files(REPO)[name]))
+        hub.fail("HEAD", name, times=1, how=503)
+        assert contents(pull(REPO, out)) == hub.files(REPO)
+
+
 def test_a_pull_that_finds_nobody_does_not_take_half_for_whole(hub, tmp_path):
     push(model(tmp_path / "model", 1, shards=2), REPO)
     hub.fail("GET", "model-00002", times=99, how="drop")
@@ -537,8 +548,10 @@ def test_an_autoregressive_run_is_not_pushed_twice_either(tiny_run, hub, tmp_pat
     arguments, run = tiny_run("hub_ar", objective="autoregressive", **{"train.steps": 2, "checkpoint.every": 1})
     outcome = launch(1, arguments)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    for _ in range(2):
-        watch(run, REPO, every=1, poll=0.01)
+    watch(run, REPO, every=1, poll=0.01)
+    requests = len(hub.requests)
+    watch(run, REPO, every=1, poll=0.01)
+    assert not [path for _, path in hub.requests[requests:] if "/preupload/" in path]
     assert hub.titles(REPO, "main")[1:] == ["Step 2"]
     assert hub.titles(REPO, "step_1")[1:] == ["Step 1"] and hub.titles(REPO, "step_2")[1:] == ["Step 2"]
 
