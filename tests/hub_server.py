@@ -114,6 +114,7 @@ class HubServer(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet, which saves 40 ms a request
     server: HubServer
 
     def log_message(self, format: str, *args: object) -> None:

@@ -141,7 +141,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.push_to_hub:  # what would fail after the export is to fail now
         check_free(Path(args.out_dir))
         repository.check_repo_id(args.push_to_hub, args.revision)
-        repository.prepare(args.push_to_hub, args.private)
+        try:
+            repository.prepare(args.push_to_hub, args.private)
+        except repository.HubUnreachable as error:
+            raise UserError(f"{error}; nothing was exported") from None
     print(f"wrote {export(args.run_dir, args.out_dir, args.step, args.dtype, args.max_shard_size)}")
     if args.push_to_hub:
         print(f"pushed {_push(args)}")

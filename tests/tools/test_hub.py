@@ -182,6 +182,8 @@ def test_export_checks_the_hub_before_its_work(trained, hub, tmp_path, monkeypat
         message = refused(*arguments)
         assert expected in message and (not token or token not in message)
     monkeypatch.setenv("HF_TOKEN", WRITER)
+    hub.fail("POST", "/api/repos/create", times=3, how="drop")
+    assert "nothing was exported" in refused(*arguments)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     before = len(hub.requests)
     assert "set HF_HUB_OFFLINE=0" in refused(*arguments)
@@ -232,6 +234,19 @@ def test_a_hub_that_stays_away_is_an_error_of_one_line(call, hub, tmp_path, capf
     ours = [record.getMessage() for record in caplog.records if record.name == "diffullama"]
     assert ours == [f"{REPO}: the Hub answered 503; try {n} of 3 in 0 s" for n in (2, 3)]
     assert_no_secret("".join(traceback.format_exception(caught.value)), caplog.text, *capfd.readouterr())
+
+
+def test_a_busy_hub_is_asked_again(hub, tmp_path):
+    """After another's commit at the same time, and after too many requests; not after it has refused."""
+    for how in (409, 429):
+        hub.fail("POST", "/commit/", how=how)
+    push(model(tmp_path / "model", 1), REPO)
+    assert len(hub.titles(REPO, "main")) == 2
+    hub.fail("POST", "/commit/", how=400)
+    requests = len(hub.requests)
+    with pytest.raises(UserError, match=r"refuses this for team/model \(400\)"):
+        push(model(tmp_path / "next", 2), REPO)
+    assert len([path for _, path in hub.requests[requests:] if "/commit/" in path]) == 1
 
 
 def test_nobody_listens(hub, tmp_path, monkeypatch):
