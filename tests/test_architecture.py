@@ -45,10 +45,7 @@ def may_import(importer: str, name: str) -> bool:
     ours = within(name, *ROOMS, "tests")
     if within(importer, "pretrain.model"):  # it ships with a checkpoint
         library = name.partition(".")[0] in ("torch", "transformers", *sys.stdlib_module_names)
-        optional = within(importer, "pretrain.model.loss", "pretrain.model.attention") and within(
-            name, "liger_kernel", "flash_attn", "flash_attn_interface"
-        )
-        return within(name, "pretrain.model") or (not ours and (library or optional))
+        return within(name, "pretrain.model") or (not ours and library)
     if not ours:
         return True
     if within(importer, "common"):

@@ -4,6 +4,7 @@
     python -m tools.export runs/diffugpt_s exports/base --step 0     # the model before training, with its mask token
     python -m tools.export runs/diffullama exports/gguf --for llama.cpp
     python -m tools.export runs/diffugpt_s exports/gpt2 --as_autoregressive
+    python -m tools.export runs/diffugpt_s exports/diffugpt_s --push_to_hub my-team/diffugpt_s      # see docs/hub.md
 
 In: RUN_DIR. Out: a folder with safetensors under the base architecture's own parameter names, config.json, the
 tokenizer and a model card. Of a masked diffusion run it also holds the mask token and the code that trained:
@@ -21,6 +22,7 @@ DeepSpeed keeps checkpoints as pickles: export only runs that you trust.
 
 import copy
 import sys
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from pretrain import adapt
 from pretrain.model.modeling_diffullama import DiffusionModel, diffusion_class
 from pretrain.runtime.checkpoint import find_checkpoint
 
-from . import llama_cpp
+from . import llama_cpp, repository
 from .card import write_card
 from .parity import compare, fixed_batch, logits_of
 from .run_folder import RunFolder, read_run
@@ -182,6 +184,16 @@ def _describe(model: PreTrainedModel, about: dict) -> None:
         del config.auto_map
 
 
+def _push(args: Namespace) -> str:
+    """Push the export; returns the commit's URL. Raises UserError that says how to push again without an export."""
+    options = (f" --revision {args.revision}" if args.revision else "") + (" --private" if args.private else "")
+    try:
+        return repository.push(args.out_dir, args.push_to_hub, args.revision, args.private)
+    except (UserError, repository.HubUnreachable) as error:
+        again = f"python -m tools.hub push {args.out_dir} {args.push_to_hub}{options}"
+        raise UserError(f"{error}; the export is in {args.out_dir}, push it with: {again}") from None
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Export; returns the exit code."""
@@ -201,11 +213,25 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="give the weights back in the base's own architecture and vocabulary: causal, no mask token",
     )
+    parser.add_argument("--push_to_hub", metavar="org/name", help="then push it to this repository of the Hub")
+    parser.add_argument("--revision", metavar="BRANCH", help="of the repository; default: main")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
     args = parser.parse_args(argv)
     if args.as_autoregressive and args.target != "transformers":
         raise UserError(f"--as_autoregressive goes with --for transformers, not with --for {args.target}")
+    if not args.push_to_hub and (args.revision or args.private):
+        raise UserError("--revision and --private are of a push; give --push_to_hub org/name with them")
+    if args.push_to_hub:  # what would fail after the export is to fail now
+        check_free(Path(args.out_dir))
+        repository.check_repo_id(args.push_to_hub, args.revision)
+        try:
+            repository.prepare(args.push_to_hub, args.private)
+        except repository.HubUnreachable as error:
+            raise UserError(f"{error}; nothing was exported") from None
     target = "autoregressive" if args.as_autoregressive else args.target
     print(f"wrote {export(args.run_dir, args.out_dir, args.step, args.dtype, args.max_shard_size, target)}")
+    if args.push_to_hub:
+        print(f"pushed {_push(args)}")
     return 0
 
 

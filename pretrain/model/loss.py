@@ -46,12 +46,10 @@ def _plain(hidden, weight, bias, targets, weights):
 
 
 def _liger(hidden, weight, bias, targets, weights):
-    from liger_kernel.ops.fused_linear_cross_entropy import (  # type: ignore[import-not-found]
-        LigerFusedLinearCrossEntropyFunction,
-    )
-
+    # by name: transformers refuses code from the Hub with an import statement for a package that is not installed
+    liger = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
     arguments = (hidden, weight, targets, bias, None, -100, 0.0, 0.0, "none", None, False, torch.float32)
-    nll = LigerFusedLinearCrossEntropyFunction.apply(*arguments)
+    nll = liger.LigerFusedLinearCrossEntropyFunction.apply(*arguments)
     nll = nll[0] if isinstance(nll, tuple) else nll
     return (weights * nll).sum(), nll.detach(), None
 

@@ -1,0 +1,216 @@
+"""Push a run's checkpoints to the Hub while it trains. Not a verb; `python -m tools.hub watch` runs it.
+
+In: RUN_DIR, of which it only reads. Out: the revisions step_<n> and main of a repository; RUN_DIR/hub/ holds the export
+in hand. What has been pushed is read from the Hub each time, so that it may be killed and started at any moment.
+"""
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.errors import UserError
+from common.log import log
+
+from . import repository
+from .export import export
+from .health import planned_steps, silent_seconds
+from .repository import HubUnreachable
+from .run_folder import RunFolder, read_run
+
+POLL_SECONDS = 60.0
+DELETION_SECONDS = 30.0  # in which training is done with deleting a checkpoint
+
+
+@dataclass
+class Watch:
+    """What to push where, and what has been said already."""
+
+    run_dir: Path
+    repo_id: str
+    every: int
+    private: bool = False
+    dtype: str = "auto"
+    gone: set[int] = field(default_factory=set)  # due steps without a checkpoint, reported
+
+
+def watch(
+    run_dir: str | Path,
+    repo_id: str,
+    every: int,
+    private: bool = False,
+    dtype: str = "auto",
+    poll: float = POLL_SECONDS,
+    once: bool = False,
+) -> None:
+    """Push each checkpoint of a multiple of `every` steps, and the last; return when the run has finished.
+
+    Looks every `poll` seconds; with `once`, a single time. The run may begin later. Raises UserError for what the
+    user can fix, such as a token that may not write, and, only with `once`, HubUnreachable.
+    """
+    repository.check_repo_id(repo_id)
+    if every < 1:
+        raise UserError(f"--every is {every}, expected at least 1 step")
+    if once:
+        read_run(run_dir)
+    job = Watch(Path(run_dir), repo_id, every, private, dtype)
+    exports = job.run_dir / "hub"
+    shutil.rmtree(exports, ignore_errors=True)  # of a process that was killed
+    log.info("%s: checkpoints of every %d steps go to %s", run_dir, every, repo_id)
+    prepared = warned = False
+    try:
+        while True:
+            try:
+                if not prepared:
+                    repository.prepare(repo_id, private)
+                    prepared = True
+                run = begun_run(job.run_dir)
+                if run and not warned:
+                    _warn_of_intervals(run, every)
+                    warned = True
+                if run and push_due(job, run):
+                    log.info("%s has finished, and its last checkpoint is on the Hub%s", run_dir, _count_gone(job))
+                    return
+            except HubUnreachable as error:
+                if once:
+                    raise
+                log.warning("%s; tried again in %g s", error, poll)
+            if once:
+                return
+            time.sleep(poll)
+    finally:
+        shutil.rmtree(exports, ignore_errors=True)
+
+
+def begun_run(run_dir: Path) -> RunFolder | None:
+    """The run as it stands; None before its configuration is written."""
+    return read_run(run_dir) if (run_dir / "config.yaml").exists() else None
+
+
+def _warn_of_intervals(run: RunFolder, every: int) -> None:
+    saved = run.config.checkpoint.every
+    if not saved:
+        log.warning("checkpoint.every=0: the run is saved, and pushed, only at its end")
+    elif every % saved:
+        log.warning(
+            "--every %d is no multiple of checkpoint.every=%d: there are pushes every %d steps",
+            every, saved, math.lcm(every, saved),
+        )  # fmt: skip
+
+
+def _count_gone(job: Watch) -> str:
+    return f"; {len(job.gone)} due before had been deleted" if job.gone else ""
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """The steps of the complete checkpoints on disk, rising."""
+    names = [folder.name for folder in (run_dir / "checkpoints").glob("step_*")]
+    return sorted(int(name.removeprefix("step_")) for name in names if "." not in name)
+
+
+def is_finished(run: RunFolder, steps: list[int]) -> bool:
+    """Whether the run has come to its end. `steps` are those of its checkpoints.
+
+    A run whose last checkpoint did not fit on the disk has finished when it is silent after the last step.
+    """
+    done = run.finished_steps[-1]["step"] if run.finished_steps else 0
+    if not done or done < planned_steps(run):
+        return False
+    saving = any((run.path / "checkpoints").glob("step_*.tmp"))
+    return done in steps or (not saving and silent_seconds(run) > 0)
+
+
+def due_steps(steps: list[int], every: int, finished: bool) -> list[int]:
+    """Of rising `steps` the multiples of `every`; the last too, where the run has finished."""
+    return [step for step in steps if step % every == 0 or (finished and step == steps[-1])]
+
+
+def missing_steps(steps: list[int], every: int, saved_every: int) -> list[int]:
+    """Due steps before the newest checkpoint which training should have saved (0: at the end alone), and are not there.
+
+    Training has deleted them, or left them out in a spike or for lack of room.
+    """
+    if not steps or not saved_every:
+        return []
+    interval = math.lcm(every, saved_every)
+    return [step for step in range(interval, steps[-1], interval) if step not in steps]
+
+
+def push_due(job: Watch, run: RunFolder) -> bool:
+    """Push what is due and not on the Hub, oldest first; returns whether the run has finished, so that this was all.
+
+    Raises HubUnreachable and UserError.
+    """
+    steps = checkpoint_steps(run.path)
+    finished = is_finished(run, steps)
+    due = due_steps(steps, job.every, finished)
+    if not due:
+        return finished
+    branches = repository.revisions(job.repo_id)
+    gone = missing_steps(steps, job.every, run.config.checkpoint.every)
+    _report_gone(job, [step for step in gone if f"step_{step}" not in branches])
+    on_main = pushed_step(job.repo_id, branches.get("main"))
+    for step in due:
+        revision = f"step_{step}"
+        # the name is not enough: a branch begins as a copy of main, and its push may have been killed
+        targets = [] if pushed_step(job.repo_id, branches.get(revision)) == step else [revision]
+        if step == due[-1] and (on_main is None or step > on_main):
+            targets.append("main")
+        if targets and step not in job.gone:
+            _export_and_push(job, step, targets)
+    return finished
+
+
+def pushed_step(repo_id: str, commit: str | None) -> int | None:
+    """The step of the model in a commit; None where it has none, or for None."""
+    config = repository.read_json(repo_id, "config.json", commit) if commit else {}
+    return config.get("diffusion", config.get("training", {})).get("step")
+
+
+def _export_and_push(job: Watch, step: int, targets: list[str]) -> None:
+    """`targets` are revisions. A checkpoint that is deleted meanwhile is reported, and counts as gone."""
+    folder = job.run_dir / "hub" / f"step_{step}"
+    if not folder.exists():  # it does where the export was made and the Hub then did not answer
+        try:
+            export(job.run_dir, folder, step, job.dtype)
+        except (UserError, OSError):
+            if not _disappears(job.run_dir / "checkpoints" / f"step_{step:08d}"):
+                raise
+            _report_gone(job, [step])
+            return
+        note_step(folder, step)
+    for revision in targets:
+        url = repository.push(folder, job.repo_id, revision, job.private, message=f"Step {step}")
+        log.info("step %d is on the Hub as %s: %s", step, revision, url)
+    shutil.rmtree(folder)
+
+
+def note_step(folder: Path, step: int) -> None:
+    """Write the step into config.json, where that of a diffusion model has it already."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if "diffusion" not in config:
+        path.write_text(json.dumps({**config, "training": {"step": step}}, indent=2) + "\n")
+
+
+def _disappears(checkpoint: Path) -> bool:
+    """Whether training is deleting it: waits until the folder is gone, or for so long that it will stay."""
+    deadline = time.monotonic() + DELETION_SECONDS
+    while checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return not checkpoint.exists()
+
+
+def _report_gone(job: Watch, steps: list[int]) -> None:
+    """One line for those that have not been reported before."""
+    new = [step for step in steps if step not in job.gone]
+    if not new:
+        return
+    job.gone.update(new)
+    which = f"step {new[0]} is" if len(new) == 1 else f"{len(new)} steps, {new[0]} to {new[-1]}, are"
+    log.warning(
+        "%s not pushed: no checkpoint any more (%d in all); raise checkpoint.keep, or set checkpoint.keep_every=%d",
+        which, len(job.gone), job.every,
+    )  # fmt: skip
