@@ -131,7 +131,14 @@ def check_not_ours(config: Mapping[str, Any], where: Path) -> None:
 
 def is_ours(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a masked diffusion model of this project."""
-    return isinstance(config.get("diffusion"), Mapping) and config.get("mask_token_id") is not None
+    code = (config.get("auto_map") or {}).get("AutoModelForMaskedLM", "")
+    described = isinstance(config.get("diffusion"), Mapping) or code.startswith("modeling_diffullama.")
+    return described and config.get("mask_token_id") is not None
+
+
+def our_shift(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this project has the shift, by its config.json."""
+    return (config.get("diffusion") or {}).get("shift", True)
 
 
 def renamed(name: str, renames: Renames) -> str:
@@ -174,7 +181,7 @@ def their_config(layout: Layout, config: Mapping[str, Any], torch_dtype: str) ->
     if layout.mask_in_config:
         theirs["mask_token_id"] = config["mask_token_id"]
     if layout.shift is None:
-        theirs["right_shift_logits"] = config["diffusion"].get("shift", True)
+        theirs["right_shift_logits"] = our_shift(config)
     if layout.name == "diffugpt":  # the length that inf_diffugpt.py generates
         theirs.setdefault("task_specific_params", {"text-generation": {"max_length": config["n_positions"]}})
     if layout.name == "dream":

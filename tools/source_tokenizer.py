@@ -23,7 +23,9 @@ def load_tokenizer(folder: Path, layout: Layout, config: PretrainedConfig) -> An
     """The tokenizer of a folder; none of its code runs.
 
     Dream's class is code of its own and splits text as Qwen2's does, from the same files, so that class takes its
-    place. Raises UserError for a folder without tokenizer, and where the ids of added tokens would change.
+    place. Otherwise tokenizer_config.json says the class, or where it says none the model's `config`: transformers 5
+    would let Qwen2's configuration overrule it, and add tokens. Raises UserError for a folder without tokenizer, and
+    where the ids of added tokens would change.
     """
     if not has_tokenizer(folder):
         raise UserError(f"{folder} has no tokenizer ({', '.join(FILES)}); name a folder that has it with --tokenizer")
@@ -33,7 +35,8 @@ def load_tokenizer(folder: Path, layout: Layout, config: PretrainedConfig) -> An
         if settings.get("tokenizer_class") == "DreamTokenizer":
             tokenizer = Qwen2Tokenizer.from_pretrained(folder)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+            decides = PretrainedConfig() if settings.get("tokenizer_class") else config
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=decides, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

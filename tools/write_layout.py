@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from common.errors import UserError
 from common.files import atomic_folder
@@ -14,7 +14,7 @@ from pretrain.model.modeling_diffullama import diffusion_class
 from . import layouts
 from .layouts import LAYOUTS, Layout
 from .source_folder import read_json
-from .source_tokenizer import has_tokenizer, save_for_transformers_4
+from .source_tokenizer import load_tokenizer, save_for_transformers_4
 from .weights import (
     any_stored_weights,
     check_tensors,
@@ -34,10 +34,11 @@ def write_layout(
     Raises UserError where the layout cannot hold the model: another architecture, shift or mask.
     """
     ours = read_json(folder / "config.json")
-    tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer(folder) else None
-    check_writable(ours, tokenizer, layout, folder)
-    stored = any_stored_weights(folder)
+    check_writable(ours, layout, folder)
     config = AutoConfig.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, layout, config)
+    check_mask(ours, tokenizer, layout, folder)
+    stored = any_stored_weights(folder)
     model = empty_model(config, chosen_dtype(stored, dtype, folder), diffusion_class(type(config)))
     check_tensors(stored, model, folder)
     named = {layouts.renamed(name, layout.writes): weight for name, weight in matched_weights(stored, model).items()}
@@ -58,7 +59,7 @@ def write_layout(
     }
 
 
-def check_writable(ours: Mapping[str, Any], tokenizer: Any, layout: Layout, folder: Path) -> None:
+def check_writable(ours: Mapping[str, Any], layout: Layout, folder: Path) -> None:
     """Raise UserError where the code that loads `layout` would not compute what this model of ours does."""
     if not layouts.is_ours(ours):
         raise UserError(f"{folder} is not in this project's layout; --to writes from what `tools.export` or this wrote")
@@ -68,12 +69,20 @@ def check_writable(ours: Mapping[str, Any], tokenizer: Any, layout: Layout, fold
             f"{folder} is a {ours['model_type']}; {layout.name} takes {', '.join(layout.classes)}. "
             f"This one fits {', '.join(fitting) or 'none of the layouts'}"
         )
-    if layout.shift and not ours["diffusion"].get("shift", True):
+    if layout.shift and not layouts.our_shift(ours):
         raise UserError(f"{folder} was trained with diffusion.shift=false, but {layout.name}'s code always shifts")
+    if layout.tied and not ours.get("tie_word_embeddings", True):
+        raise UserError(f"{folder} has a head of its own, but {layout.name} shares it with the embedding (tied)")
+
+
+def check_mask(ours: Mapping[str, Any], tokenizer: Any, layout: Layout, folder: Path) -> None:
+    """Raise UserError where the code that loads `layout` would take another token for the mask."""
     mask = ours["mask_token_id"]
-    if tokenizer is None or tokenizer.mask_token_id != mask:
-        found = "no tokenizer" if tokenizer is None else f"mask_token_id {tokenizer.mask_token_id} in its tokenizer"
-        raise UserError(f"{folder} has {found}, but {mask} in config.json; export it again")
+    if tokenizer.mask_token_id != mask:
+        raise UserError(
+            f"{folder} has mask_token_id {tokenizer.mask_token_id} in its tokenizer, but {mask} in config.json; "
+            "export it again"
+        )
     if layout.adds_mask and tokenizer.mask_token != layout.adds_mask:
         raise UserError(
             f"{folder} has the mask token {tokenizer.mask_token!r}, but {layout.name}'s code takes {layout.adds_mask!r}"
@@ -83,5 +92,3 @@ def check_writable(ours: Mapping[str, Any], tokenizer: Any, layout: Layout, fold
         raise UserError(
             f"{folder} has mask {mask}, but {layout.name}'s code takes {published} of {ours['vocab_size']} tokens"
         )
-    if layout.tied and not ours.get("tie_word_embeddings", True):
-        raise UserError(f"{folder} has a head of its own, but {layout.name} shares it with the embedding (tied)")
