@@ -36,12 +36,12 @@ from .weights import (
     DTYPES,
     MAX_SHARD_SIZE,
     Weight,
-    any_stored_weights,
     check_tensors,
     chosen_dtype,
     empty_model,
     matched_weights,
     split_into_files,
+    stored_weights,
 )
 from .write_layout import write_layout
 
@@ -74,7 +74,7 @@ def read_source(folder: Path, layout: str = "auto") -> Source:
     """Recognise a folder's layout. Raises UserError for one that is not known or already ours."""
     config = read_json(folder / "config.json")
     layouts.check_not_ours(config, folder)
-    stored = any_stored_weights(folder)
+    stored = stored_weights(folder)
     if layout == "auto":
         found = layouts.recognise(config, stored, folder)
     else:
@@ -82,8 +82,12 @@ def read_source(folder: Path, layout: str = "auto") -> Source:
     if config.get("quantization_config"):
         raise UserError(f"{folder} is quantised ({config['quantization_config']}); import the model it was made from")
     buffers = sorted(name for name in stored if layouts.is_buffer(name, found))
-    weights = {layouts.renamed(name, found.reads): stored[name] for name in stored if name not in buffers}
-    return Source(folder, config, found, weights, buffers)
+    origin: dict[str, str] = {}  # the base's name → theirs
+    for name in sorted(stored.keys() - set(buffers)):
+        other = origin.setdefault(layouts.renamed(name, found.reads), name)
+        if other != name:
+            raise UserError(f"{folder}: {other} and {name} are the same weight twice; delete one of them")
+    return Source(folder, config, found, {name: stored[theirs] for name, theirs in origin.items()}, buffers)
 
 
 def base_config(source: Source) -> PretrainedConfig:
@@ -155,7 +159,7 @@ def _merged(folder: Path, read: Source, model: PreTrainedModel) -> tuple[dict[st
     settings = read_json(folder / "adapter_config.json")
     done = lora.merge(
         read.weights,
-        any_stored_weights(folder),
+        stored_weights(folder),
         settings,
         rename=lambda name: layouts.renamed(name, read.layout.reads),
     )

@@ -19,6 +19,8 @@ from common.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_SIZE = "4GB"
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PATTERNS = ("*.safetensors", "*model*.bin", "*model*.pt")  # of weights; transformers also writes training_args.bin
 
 
 class Weight(Protocol):
@@ -111,9 +113,6 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, model_class: Any) 
         return model_class(config).to(dtype)
 
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 @dataclass(frozen=True)
 class StoredWeight:
     """A weight in a safetensors file; `dtype` is None where the file holds no floats of 16 to 64 bits."""
@@ -128,24 +127,19 @@ class StoredWeight:
             return file.get_tensor(self.name)
 
 
-def stored_weights(folder: Path) -> dict[str, StoredWeight]:
-    """The weights of a folder's safetensors by name, none of them read. Raises UserError where there are none."""
-    return _in_safetensors(_weight_files(folder, ["*.safetensors"]))
-
-
-def any_stored_weights(folder: Path) -> dict[str, Any]:
-    """As `stored_weights`, and of a folder without safetensors those of its *.bin or *.pt, mapped and not read.
+def stored_weights(folder: Path) -> dict[str, Any]:
+    """The weights of a folder by name, none of them read: its safetensors, or without any its *.bin or *.pt.
 
     Each weight has `shape`, `dtype` and `contiguous()`. Pickles are opened with weights_only=True: no code in them
     runs. Raises UserError for a folder without weights, a missing shard and a pickle that holds something else.
     """
-    files = _weight_files(folder, ["*.safetensors", "*model*.bin", "*model*.pt"])
+    files = _weight_files(folder)
     return _in_safetensors(files) if files[0].suffix == ".safetensors" else _in_pickles(files)
 
 
-def _weight_files(folder: Path, patterns: list[str]) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     """The files of the first pattern that matches; those that their index lists, where there is one."""
-    for pattern in patterns:
+    for pattern in PATTERNS:
         suffix = pattern.rpartition("*")[2]
         files = sorted(folder.glob(pattern))
         for index in sorted(folder.glob(f"*{suffix}.index.json")):
@@ -156,8 +150,7 @@ def _weight_files(folder: Path, patterns: list[str]) -> list[Path]:
             files = [folder / name for name in listed]
         if files:
             return files
-    kinds = " and no *.bin" if len(patterns) > 1 else ""
-    raise UserError(f"{folder} holds no safetensors{kinds}")
+    raise UserError(f"{folder} holds no weights; expected one of {', '.join(PATTERNS)}")
 
 
 def _in_safetensors(files: list[Path]) -> dict[str, StoredWeight]:

@@ -16,13 +16,13 @@ from .layouts import LAYOUTS, Layout
 from .source_folder import read_json
 from .source_tokenizer import load_tokenizer, save_for_transformers_4
 from .weights import (
-    any_stored_weights,
     check_tensors,
     chosen_dtype,
     empty_model,
     matched_weights,
     save_weights,
     split_into_files,
+    stored_weights,
 )
 
 
@@ -38,7 +38,7 @@ def write_layout(
     config = AutoConfig.from_pretrained(folder)
     tokenizer = load_tokenizer(folder, layout, config)
     check_mask(ours, tokenizer, layout, folder)
-    stored = any_stored_weights(folder)
+    stored = stored_weights(folder)
     model = empty_model(config, chosen_dtype(stored, dtype, folder), diffusion_class(type(config)))
     check_tensors(stored, model, folder)
     named = {layouts.renamed(name, layout.writes): weight for name, weight in matched_weights(stored, model).items()}

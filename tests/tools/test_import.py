@@ -591,7 +591,7 @@ def test_layouts_that_are_not_known(written, imported, tmp_path, tokenizer_dir):
     (tmp_path / "empty" / "config.json").write_text("{")
     refused(tmp_path / "empty", "is no JSON")
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "Dream"}')
-    refused(tmp_path / "empty", r"holds no safetensors and no \*\.bin")
+    refused(tmp_path / "empty", r"holds no weights; expected one of \*\.safetensors")
     llama = replace(made_up("diffullama"), config=llama_config("llama", quantization_config={"quant_method": "awq"}))
     refused(llama.write(tmp_path / "awq", tokenizer_dir), "is quantised", layout="diffullama")
 
@@ -618,6 +618,10 @@ def test_tensors_that_do_not_fit(written, tmp_path, tokenizer_dir):
     refused(
         "untied", "diffugpt", lambda t: t.update({"lm_head.weight": t["embed_tokens.weight"] + 1}),
         "lm_head.weight differs from transformer.wte.weight",
+    )  # fmt: skip
+    refused(
+        "twice", "diffugpt", lambda t: t.update({"transformer.ln_f.bias": torch.ones(WIDTH)}),
+        r"denoise_model\.ln_f\.bias and transformer\.ln_f\.bias are the same weight twice",
     )  # fmt: skip
     refused("bare", "diffugpt", lambda t: t.pop("embed_tokens.weight"), r"no tensor for transformer\.wte\.weight")
     refused(
