@@ -192,3 +192,11 @@ def their_config(layout: Layout, config: Mapping[str, Any], torch_dtype: str) ->
             "AutoModel": f"{repository}--modeling_dream.DreamModel",
         }
     return theirs
+
+
+def their_generation_config(layout: Layout, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """generation_config.json in `layout` of our `config`; None where the code that loads it needs none."""
+    if layout.name != "dream":  # whose from_pretrained fails without
+        return None
+    special = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")}
+    return {"_from_model_config": True, **special}

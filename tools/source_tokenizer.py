@@ -105,7 +105,7 @@ def start_token_id(tokenizer: Any) -> int | None:
 
 
 def save_for_transformers_4(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer that transformers 4 reads too, which the code of other layouts was written for."""
+    """Write a tokenizer that transformers 4.44 to 4.57 read too, which the code of other layouts was written for."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -114,3 +114,10 @@ def save_for_transformers_4(tokenizer: Any, folder: Path) -> None:
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = folder / "tokenizer.json"
+    if path.exists():
+        backend = json.loads(path.read_text(encoding="utf-8"))
+        merges = backend["model"].get("merges", [])
+        if not any(" " in part for merge in merges for part in merge):  # the pairs' former spelling, "a b"
+            backend["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+            path.write_text(json.dumps(backend, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

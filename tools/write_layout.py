@@ -47,8 +47,13 @@ def write_layout(
     if not dry_run:
         with atomic_folder(out_dir) as target:
             save_weights(named, files, model.dtype, target)
-            theirs = layouts.their_config(layout, ours, spelled)
-            (target / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+            described = {
+                "config.json": layouts.their_config(layout, ours, spelled),
+                "generation_config.json": layouts.their_generation_config(layout, ours),
+            }
+            for name, content in described.items():
+                if content is not None:
+                    (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             save_for_transformers_4(tokenizer, target)
     return {
         "layout": layout.name,
