@@ -19,7 +19,7 @@ PREFIX = "base_model.model."
 # Settings of adapter_config.json under which the merged weight would be another one.
 UNSUPPORTED = (
     "use_dora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias",
-    "alora_invocation_tokens", "trainable_token_indices", "target_parameters", "layers_pattern",
+    "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
 )  # fmt: skip
 # Ways to begin that leave the base's weights as they are; others, such as pissa and loftq, also change those.
 INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -81,12 +81,13 @@ def merge(
     for name, pair in pairs.items():
         if pair.keys() != {"A", "B"}:
             raise UserError(f"the adapter has only lora_{''.join(pair)} for {name}; download it again")
-        out, into = base[name].shape[::-1] if transposed else base[name].shape
+        shape = base[name].shape[::-1] if transposed else base[name].shape  # (out, in)
+        expected = (rank, *shape[1:]), (*shape[:1], rank)
         found = tuple(pair["A"].shape), tuple(pair["B"].shape)
-        if found != ((rank, into), (out, rank)):
+        if found != expected:
             raise UserError(
-                f"the adapter's A and B for {name} have shapes {found[0]} and {found[1]}, expected {(rank, into)} and "
-                f"{(out, rank)}; is it of another base?"
+                f"the adapter's A and B for {name} have shapes {found[0]} and {found[1]}, expected {expected[0]} and "
+                f"{expected[1]}; is it of another base?"
             )
         merged[name] = MergedWeight(base[name], pair["A"], pair["B"], scale, transposed)
     for name, weight in saved.items():

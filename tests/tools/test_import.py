@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from common.errors import UserError
 from pretrain.runtime.metrics import read_metrics
-from tools import layouts, lora
+from tools import layouts
 from tools.decoding import load
 from tools.import_checkpoint import import_checkpoint, main
 
@@ -538,7 +538,7 @@ def test_a_lora_of_gpt2s_conv1d(written, tmp_path):
 
 def test_what_is_not_lora_alone_is_refused(written, tmp_path):
     _, folder = written("diffullama")
-    good = {"model.norm.lora_A.weight": torch.ones(4, WIDTH), "model.norm.lora_B.weight": torch.ones(WIDTH, 4)}
+    norm = {"model.norm.lora_A.weight": torch.ones(4, WIDTH), "model.norm.lora_B.weight": torch.ones(WIDTH, 4)}
     at = "model.layers.0.self_attn.q_proj.lora_"
     pair = {f"{at}A.weight": torch.ones(4, WIDTH), f"{at}B.weight": torch.ones(WIDTH, 4)}
     cases = [
@@ -552,15 +552,13 @@ def test_what_is_not_lora_alone_is_refused(written, tmp_path):
         ({}, {f"{at}A.weight": pair[f"{at}A.weight"]}, "has only lora_A for model.layers.0"),
         ({}, pair | {"model.unknown.weight": torch.ones(2)}, "1 tensors .* first model.unknown.weight"),
         ({}, pair | {f"{at}magnitude_vector": torch.ones(2)}, "first base_model.model.model.layers.0"),
+        ({}, norm, r"for model\.norm\.weight have shapes \(4, 32\) and \(32, 4\), expected \(4,\) and \(32, 4\)"),
         ({}, {"model.embed_tokens.weight": torch.ones(2, 2)}, r"of shape \(2, 2\), expected \(384, 32\)"),
     ]
     for i, (changes, tensors, message) in enumerate(cases):
         gsm = adapter(tmp_path / str(i), tensors, **changes)
         with pytest.raises(UserError, match=message):
             import_checkpoint(gsm, tmp_path / "x", base=folder, layout="diffullama", mask_token_id=MASK)
-    with pytest.raises(ValueError, match="not enough values"):
-        lora.merge({"model.norm.weight": torch.ones(WIDTH)}, {f"base_model.model.{n}": t for n, t in good.items()},
-                   {"peft_type": "LORA", "r": 4, "lora_alpha": 1})  # fmt: skip
     _, tied = written("a2d-qwen2-tied")
     gsm = adapter(tmp_path / "tied", {"model.embed_tokens.weight": torch.ones(400, WIDTH)})
     with pytest.raises(UserError, match="which the base shares with its head"):
