@@ -218,7 +218,8 @@ def import_card(source: Path | str, checkpoint: Checkpoint) -> str:
     name = str(source) if not Path(source).exists() else folder.resolve().name
     if not Path(source).exists():
         front.append(f"base_model: {source}")
-    table = "\n".join(f"| {key} | {text} |" for key, text in checkpoint.summary.items() if key != "source")
+    facts = {key: text.replace("|", "\\|") for key, text in checkpoint.summary.items() if key != "source"}
+    table = "\n".join(f"| {key} | {text} |" for key, text in facts.items())
     licence = f"`{stated['license']}`, as the source's card states." if "license" in stated else "That of the source."
     return "\n".join(["---", *front, "---", CARD.format(name=name, table=table, licence=licence)])
 

@@ -476,6 +476,7 @@ def test_the_licence_and_the_name_of_a_source_on_the_hub(written, tmp_path, monk
     monkeypatch.setattr("tools.source_folder.snapshot_download", lambda name, allow_patterns: str(snapshot))
     import_checkpoint("someone/a-model", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
+    assert r"| mask | 384 '<\|mask\|>' |" in card
     assert 'license: "apache-2.0"' in card and "base_model: someone/a-model" in card and "# someone/a-model" in card
 
 
