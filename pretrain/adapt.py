@@ -150,7 +150,12 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def add_mask_token(tokenizer: Any, model: ModelConfig) -> int:
-    """Give `tokenizer` its mask token and return the id. Raises UserError for an id outside the vocabulary."""
+    """Give `tokenizer` its mask token and return the id; that of a diffusion checkpoint stays.
+
+    Raises UserError for an id outside the vocabulary.
+    """
+    if model.mask_token_id is None and tokenizer.mask_token_id is not None:
+        return tokenizer.mask_token_id
     if model.mask_token_id is None:
         # lstrip: the space before a mask belongs to the word to be found, as in RoBERTa's tokenizer
         tokenizer.add_special_tokens({"mask_token": AddedToken(model.mask_token, lstrip=True, special=True)})

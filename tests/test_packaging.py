@@ -11,7 +11,7 @@ from helpers import ROOT
 
 pytestmark = pytest.mark.slow
 
-COMMANDS = ("demo", "export", "figures", "generate", "health")  # of tools
+COMMANDS = ("demo", "export", "figures", "generate", "health", "import_checkpoint")  # of tools
 
 
 @pytest.fixture(scope="module")
