@@ -154,9 +154,9 @@ def add_mask_token(tokenizer: Any, model: ModelConfig) -> int:
 
     Raises UserError for an id outside the vocabulary.
     """
-    if model.mask_token_id is None and tokenizer.mask_token_id is not None:
-        return tokenizer.mask_token_id
     if model.mask_token_id is None:
+        if tokenizer.mask_token is not None:
+            return tokenizer.mask_token_id
         # lstrip: the space before a mask belongs to the word to be found, as in RoBERTa's tokenizer
         tokenizer.add_special_tokens({"mask_token": AddedToken(model.mask_token, lstrip=True, special=True)})
         return tokenizer.mask_token_id

@@ -96,7 +96,7 @@ def export(
     model = empty_model(shipped, shipped.dtype, shipped_class(run, config, target))
     weights = matched_weights(first_rows(trained, model) if target == "autoregressive" else trained, model)
     files = split_into_files(weights, model.dtype, max_shard_size)
-    _describe(model, about)
+    _describe(model, about, run.config.objective)
     with atomic_folder(out_dir) as folder:
         save_weights(weights, files, model.dtype, folder)
         if target == "llama.cpp":
@@ -171,7 +171,7 @@ def _trained(run: RunFolder, step: int | None) -> tuple[Mapping[str, Weight], di
     return trained_weights(folder, about["zero_stage"]), about
 
 
-def _describe(model: PreTrainedModel, about: dict) -> None:
+def _describe(model: PreTrainedModel, about: dict, objective: str) -> None:
     """Make config.json that of the export: its dtype, its class, the steps behind it."""
     config: Any = model.config
     config.dtype = model.dtype
@@ -180,6 +180,8 @@ def _describe(model: PreTrainedModel, about: dict) -> None:
         config.diffusion = {**config.diffusion, "step": about["step"], "tokens": about["tokens"]}
         return
     config.use_cache = True  # training goes without; decoding from left to right would be slow
+    if objective == "autoregressive":
+        config.training = {"step": about["step"], "tokens": about["tokens"]}
     if hasattr(config, "auto_map"):  # of a diffusion model that the run began with
         del config.auto_map
 

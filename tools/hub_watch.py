@@ -4,7 +4,6 @@ In: RUN_DIR, of which it only reads. Out: the revisions step_<n> and main of a r
 in hand. What has been pushed is read from the Hub each time, so that it may be killed and started at any moment.
 """
 
-import json
 import math
 import shutil
 import time
@@ -180,19 +179,10 @@ def _export_and_push(job: Watch, step: int, targets: list[str]) -> None:
                 raise
             _report_gone(job, [step])
             return
-        note_step(folder, step)
     for revision in targets:
         url = repository.push(folder, job.repo_id, revision, job.private, message=f"Step {step}")
         log.info("step %d is on the Hub as %s: %s", step, revision, url)
     shutil.rmtree(folder)
-
-
-def note_step(folder: Path, step: int) -> None:
-    """Write the step into config.json, where that of a diffusion model has it already."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    if "diffusion" not in config:
-        path.write_text(json.dumps({**config, "training": {"step": step}}, indent=2) + "\n")
 
 
 def _disappears(checkpoint: Path) -> bool:
