@@ -97,7 +97,7 @@ def export(
     weights = matched_weights(first_rows(trained, model) if target == "autoregressive" else trained, model)
     files = split_into_files(weights, model.dtype, max_shard_size)
     _describe(model, about, run.config.objective)
-    with atomic_folder(out_dir) as folder:
+    with atomic_folder(out_dir) as folder, adapt.freed_memory_returns():
         save_weights(weights, files, model.dtype, folder)
         if target == "llama.cpp":
             llama_cpp.write_description(folder, model.config, tokenizer, sentencepiece)

@@ -128,6 +128,7 @@ def save_weights(weights: Mapping[str, Weight], split: StateDictSplit, dtype: to
     for file, names in tqdm(files, desc="write", unit="file", disable=not split.is_sharded):
         tensors = {name: weights[name].contiguous().to(dtype) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors  # else they would stay while the next file's are read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
