@@ -23,13 +23,13 @@ setup(
     },
     install_requires=[
         "torch>=2.9",
-        "transformers>=5.23",  # the version that the tests run with
+        "transformers>=5.22",  # the tests run with 5.23; make test-transformers with the newest and with 5.22
         "tokenizers",
         "huggingface_hub",
         "deepspeed>=0.19.8",  # the version that the tests run with; resuming corrects details of its checkpoints
-        "accelerate",  # never imported here: transformers wants it for HfDeepSpeedConfig (ZeRO-3) and GGUF files
+        "accelerate",  # also wanted by transformers for HfDeepSpeedConfig (ZeRO-3), device_map and GGUF files
         "safetensors",
-        "sentencepiece",  # never imported here: transformers reads a tokenizer.model with it
+        "sentencepiece",  # transformers reads a tokenizer.model with it
         "pyarrow>=15",
         "orjson",
         "fsspec",

@@ -19,7 +19,7 @@ from transformers import AddedToken, AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from common.errors import UserError
+from common.errors import UserError, without_passwords
 
 from .config import ModelConfig, RunConfig
 from .model.attention import IMPLEMENTATION, select_backend
@@ -81,7 +81,7 @@ def _reason(base: str, error: Exception) -> str:
     """Why a base cannot be loaded; the Hub's words about names do not help where a path was meant."""
     if base.startswith(("/", ".", "~")) and not Path(base).exists():
         return "there is no such folder"
-    return str(error).splitlines()[0]
+    return without_passwords(str(error).splitlines()[0])
 
 
 def architecture_config(architecture: dict[str, Any]) -> PretrainedConfig:
@@ -149,14 +149,15 @@ def load_tokenizer(model: ModelConfig) -> Any:
         raise UserError(f"no tokenizer in model.base {model.base!r}: {_reason(model.base, error)}") from None
 
 
-def add_mask_token(tokenizer: Any, model: ModelConfig) -> int:
-    """Give `tokenizer` its mask token and return the id; that of a diffusion checkpoint stays.
+def add_mask_token(tokenizer: Any, model: ModelConfig, learnt: int | None = None) -> int:
+    """Give `tokenizer` its mask token and return the id.
 
-    Raises UserError for an id outside the vocabulary.
+    That of a diffusion checkpoint stays: `learnt`, the mask_token_id of the base's configuration, where the tokenizer
+    says the same. Raises UserError for an id outside the vocabulary.
     """
     if model.mask_token_id is None:
-        if tokenizer.mask_token is not None:
-            return tokenizer.mask_token_id
+        if learnt is not None and tokenizer.mask_token_id == learnt:
+            return learnt
         # lstrip: the space before a mask belongs to the word to be found, as in RoBERTa's tokenizer
         tokenizer.add_special_tokens({"mask_token": AddedToken(model.mask_token, lstrip=True, special=True)})
         return tokenizer.mask_token_id

@@ -22,7 +22,7 @@ class ModelConfig:
     init: Literal["base", "random"] = "base"
     revision: str = "main"
     trust_remote_code: bool = False  # of the base
-    mask_token: str = "<|mask|>"  # added to a tokenizer without mask where mask_token_id is null
+    mask_token: str = "<|mask|>"  # added to the tokenizer where mask_token_id is null; a diffusion base keeps its own
     mask_token_id: int | None = None  # an existing id to use as the mask instead
     attention: str = setting("auto", may_change=True)  # auto | flash_attn | varlen | flex | sdpa
     loss: str = setting("auto", may_change=True)  # auto | chunked | liger | plain

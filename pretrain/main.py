@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     manifest = check_corpus(config, tokenizer)
     base = adapt.base_config(config.model, manifest.seq_len)
     objective = OBJECTIVES[config.objective]
-    mask_token_id = adapt.add_mask_token(tokenizer, config.model) if objective.masks else None
+    learnt = getattr(base, "mask_token_id", None)
+    mask_token_id = adapt.add_mask_token(tokenizer, config.model, learnt) if objective.masks else None
     if config.model.init == "random":
         adapt.take_token_ids(base, tokenizer)
     adapt.check_fits(config, base, manifest.tokenizer["vocab_size"])

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import HfApi, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel
 
 from common.errors import UserError
@@ -37,59 +37,61 @@ def model_card(run: RunFolder, model: PreTrainedModel, about: dict, target: str,
     """README.md of the folder, with the Hub's front matter."""
     base = run.config.model
     fresh = base.init == "random"
-    licence = None if fresh else licence_of(base)
+    licence = {} if fresh else licence_of(base)
     evaluation = run.path / EVALUATION
+    name = Path(base.base).name
+    parameters = f"{model.num_parameters() / 1e6:.1f}M parameters"
+    trained = f"{about['step']:,} steps, {about['tokens']:,} tokens"
     facts = {
-        "origin": f"A new model with the tokenizer of {Path(base.base).name}" if fresh else Path(base.base).name,
-        "how": "pretraining" if fresh else "continual pretraining",
-        "trained": f"{about['step']:,} steps, {about['tokens']:,} tokens",
-        "architecture": f"`{model.config.model_type}`, {model.num_parameters() / 1e6:.1f}M parameters",
+        "origin": f"A new model with the tokenizer of {name}" if fresh else name,
+        "how": f"{'pretraining' if fresh else 'continual pretraining'} for {trained}",
+        "architecture": f"`{model.config.model_type}`, {parameters}",
+        "use": _use(run, model, target),
         "recipe": _recipe(run),
         "data": _data(run.config.data.path),
         "figure": figure,
-        "evaluation": f"## Evaluation\n\n{evaluation.read_text(encoding='utf-8')}\n" if evaluation.exists() else "",
-        "licence": f"The base model's is `{licence}`."
-        if licence
-        else "That of the base model and of the training data.",
+        "evaluation": f"## Evaluation\n\n{evaluation.read_text(errors='replace')}\n" if evaluation.exists() else "",
+        "licence": f"The base model's is `{licence['license']}`." if licence else UNKNOWN_LICENCE,
     }
-    data = {"library_name": "transformers", "license": licence}
-    if not fresh and is_hub_name(base.base):
-        data["base_model"] = base.base
+    data = {"library_name": "transformers", "base_model": None if fresh or not on_hub(base) else base.base, **licence}
     if run.config.objective == "autoregressive":
-        facts["table"] = _table(run.metrics, {run.reported.held_out: "cross-entropy"})
-        data |= {"pipeline_tag": "text-generation"}
-        card = CAUSAL_CARD
+        facts |= {"nats": CAUSAL_NATS, "table": _table(run.metrics, {run.reported.held_out: "cross-entropy"})}
+        intro, data["pipeline_tag"] = CAUSAL_INTRO, "text-generation"
     else:
-        facts["table"] = _table(run.metrics, {"val_nelbo": "NELBO", "val_masked_ce": "masked CE"})
-        if target != "autoregressive":
-            data |= {"tags": ["diffusion", "masked-diffusion", "text-diffusion"]}
-        facts["use"] = _use(model, target)
-        card = DIFFUSION_CARD
-    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n{card.format(**facts)}"
+        columns = {"val_nelbo": "NELBO", "val_masked_ce": "masked CE"}
+        facts |= {"nats": DIFFUSION_NATS, "table": _table(run.metrics, columns)}
+        intro = CAUSAL_AGAIN_INTRO if target == "autoregressive" else DIFFUSION_INTRO
+        data["tags"] = [] if target == "autoregressive" else ["diffusion", "masked-diffusion", "text-diffusion"]
+    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n{(intro + CARD).format(**facts)}"
 
 
-def is_hub_name(base: str) -> bool:
-    """Whether a base can be `name` or `org/name` on the Hub, and is no folder here."""
+def on_hub(base: ModelConfig) -> bool:
+    """Whether the base came from the Hub: no folder, and its configuration is in the cache of what was downloaded."""
     try:
-        validate_repo_id(base)
-    except HFValidationError:
+        cached = try_to_load_from_cache(base.base, "config.json", revision=base.revision)
+    except HFValidationError:  # it can only be a path
         return False
-    return not Path(base).exists()
+    return isinstance(cached, str) and not Path(base.base).exists()
 
 
-def licence_of(base: ModelConfig) -> str | None:
-    """`license` in the base's model card, in its folder or on the Hub; None where it is not said or not reached."""
+def licence_of(base: ModelConfig) -> dict[str, Any]:
+    """What the base's model card says of its licence: `license`, and with others their name and link.
+
+    The card is that of its folder or of the Hub. Empty where it does not say, or cannot be reached or read.
+    """
     card = Path(base.base) / "README.md"
-    if card.exists():
-        data: Any = ModelCard.load(card, ignore_metadata_errors=True).data
-    elif is_hub_name(base.base):
-        try:
-            data = HfApi().model_info(base.base, revision=base.revision, timeout=5).card_data
-        except Exception:  # whatever hinders it, the export goes on
-            return None
-    else:
-        return None
-    return getattr(data, "license", None)
+    try:
+        if card.exists():
+            data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        elif on_hub(base):
+            found = HfApi().model_info(base.base, revision=base.revision, timeout=5).card_data
+            data = found.to_dict() if found else {}
+        else:
+            return {}
+    except Exception:  # whatever hinders it, a network or another's front matter: the export goes on
+        return {}
+    said = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+    return said if isinstance(said.get("license"), str) else {}
 
 
 def _recipe(run: RunFolder) -> str:
@@ -137,8 +139,10 @@ def _table(metrics: list[dict], columns: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _use(model: Any, target: str) -> str:
+def _use(run: RunFolder, model: Any, target: str) -> str:
     """How to load and ask the model."""
+    if run.config.objective == "autoregressive":
+        return CAUSAL
     if target == "llama.cpp":
         return LLAMA_CPP
     if target == "autoregressive":
@@ -177,9 +181,11 @@ STOCK = """
 ```python
 model = AutoModelForCausalLM.from_pretrained(path)
 logits = model(ids, use_cache=False).logits  # row i predicts token {row}
+filled = model.generate(ids, custom_generate=path, trust_remote_code=True)  # runs the code of this folder
 ```
 
-Fill masks by `model.generate(ids, custom_generate=path, trust_remote_code=True)`, which runs the code of this folder.
+Without `custom_generate`, `generate` and `pipeline("text-generation")` write from left to right, which this model has
+not learnt: the text means nothing. To save a changed model together with its code, load it by `AutoModel`.
 """
 
 LLAMA_CPP = """
@@ -195,9 +201,6 @@ llama-diffusion-cli -m model.gguf -p "Once upon a time" -ub 64 --diffusion-steps
 """
 
 CAUSAL_AGAIN = """
-These are the weights in the base's own architecture and vocabulary: causal attention, no mask token. As an
-autoregressive model it is not what was trained; it is for comparison, and for training on.
-
 ```python
 from transformers import AutoModelForCausalLM
 
@@ -205,14 +208,50 @@ model = AutoModelForCausalLM.from_pretrained(path)
 ```
 """
 
-DIFFUSION_CARD = """
+CAUSAL = """
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=32)[0]))
+```
+"""
+
+PAPER = (
+    '["Scaling Diffusion Language Models via Adaptation from Autoregressive Models"](https://arxiv.org/abs/2410.17891)'
+)
+
+DIFFUSION_INTRO = f"""
 # A masked diffusion language model
 
-{origin}, trained as a masked diffusion model by {how}
-(["Scaling Diffusion Language Models via Adaptation from Autoregressive Models"](https://arxiv.org/abs/2410.17891))
-for {trained}.
-Architecture {architecture}.
+{{origin}}, trained as a masked diffusion model by {{how}}
+({PAPER}).
+Architecture {{architecture}}, bidirectional.
+"""
 
+CAUSAL_AGAIN_INTRO = f"""
+# Weights of a masked diffusion language model, in its base's architecture
+
+{{origin}}, trained as a masked diffusion model by {{how}}
+({PAPER}).
+Architecture {{architecture}}, with the base's vocabulary and causal attention. It was not trained to be causal: it is
+for comparison, and for training on.
+"""
+
+CAUSAL_INTRO = """
+# An autoregressive language model
+
+{origin}, trained on next-token prediction by {how}.
+Architecture {architecture}, causal. It is a plain model of transformers: no code beside the weights, nothing to mask.
+"""
+
+DIFFUSION_NATS = """NELBO in nats a token (an upper bound of the negative log-likelihood), masked cross-entropy in
+nats a masked token, both on noise that is the same for every row of the table."""
+CAUSAL_NATS = "In nats a token."
+
+CARD = """
 ## Use
 {use}
 ## Training
@@ -223,42 +262,7 @@ Architecture {architecture}.
 
 ## Held-out loss
 
-NELBO in nats a token (an upper bound of the negative log-likelihood), masked cross-entropy in nats a
-masked token, both on noise that is the same for every row of the table.
-
-{table}
-
-{figure}
-{evaluation}
-## Licence
-
-{licence}
-"""
-
-CAUSAL_CARD = """
-# An autoregressive language model
-
-{origin}, trained on next-token prediction by {how} for {trained}.
-Architecture {architecture}, causal. It is a plain model of transformers: no code beside the weights, nothing to mask.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path)
-ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=32)[0]))
-```
-
-## Training
-
-{recipe}
-
-{data}
-
-## Held-out loss
-
-In nats a token.
+{nats}
 
 {table}
 

@@ -28,19 +28,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from common.cli import command, make_parser
 from common.errors import UserError
-from common.files import atomic_folder
+from common.files import atomic_folder, sha256_of
 from common.log import log
 from pretrain import adapt
+from pretrain.config import ModelConfig
 from pretrain.model.modeling_diffullama import DiffusionModel, diffusion_class
 from pretrain.runtime.checkpoint import find_checkpoint
 
 from . import llama_cpp, repository
 from .card import write_card
-from .parity import compare, fixed_batch, logits_of
+from .parity import Parity, compare, fixed_batch, logits_of
 from .run_folder import RunFolder, read_run
 from .shipping import check_free, describe_for_transformers
 from .trained import trained_weights
@@ -72,11 +80,11 @@ def export(
     `step` None takes the newest checkpoint, 0 the model before training. `dtype` "auto" takes the one that training
     computed in, which gives the trained model's logits exactly. `max_shard_size` limits each weights file; as much
     is in memory at once. `target`: transformers; llama.cpp; or autoregressive, the base's own architecture and
-    vocabulary, causal and without the mask.
+    vocabulary, causal.
     Raises UserError for an `out_dir` that is not empty, for a run without that checkpoint, for a model that the target
     does not take, and where the logits of what was written are not the trained ones.
     """
-    out_dir = Path(out_dir)
+    out_dir = Path(out_dir).resolve()
     check_free(out_dir)
     run = read_run(run_dir)
     described = run.path / "model"
@@ -96,16 +104,17 @@ def export(
     model = empty_model(shipped, shipped.dtype, shipped_class(run, config, target))
     weights = matched_weights(first_rows(trained, model) if target == "autoregressive" else trained, model)
     files = split_into_files(weights, model.dtype, max_shard_size)
-    _describe(model, about, run.config.objective)
+    _finish_config(model, about, run.config.objective)
     with atomic_folder(out_dir) as folder, adapt.freed_memory_returns():
         save_weights(weights, files, model.dtype, folder)
         if target == "llama.cpp":
             llama_cpp.write_description(folder, model.config, tokenizer, sentencepiece)
         else:
-            describe_for_transformers(folder, model, tokenizer)
+            describe_for_transformers(folder, model, tokenizer, base_generation(run.config.model))
         write_card(folder, run, model, about, target)
         shipped = model.config if target == "llama.cpp" else AutoConfig.from_pretrained(folder)
         check_parity(folder, shipped, trained, config, type(model))
+    log.info("exported step %d", about["step"])
     return out_dir
 
 
@@ -114,8 +123,9 @@ def check_target(run: RunFolder, config: PretrainedConfig, target: str) -> None:
     if target == "autoregressive" and run.config.model.init == "random":
         raise UserError("--as_autoregressive gives back the base's architecture, and this run began without a base")
     if target == "llama.cpp":
-        autoregressive = run.config.objective == "autoregressive"
-        reason = "this run is autoregressive: export it as usual" if autoregressive else llama_cpp.why_not(config)
+        reason = llama_cpp.reason_unsupported(config)
+        if run.config.objective == "autoregressive":
+            reason = "this run is autoregressive: export it as usual"
         if reason:
             raise UserError(f"llama.cpp cannot run this model: {reason}")
 
@@ -125,6 +135,14 @@ def shipped_class(run: RunFolder, config: PretrainedConfig, target: str = "trans
     if "autoregressive" in (run.config.objective, target):
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return diffusion_class(type(config))
+
+
+def base_generation(base: ModelConfig) -> GenerationConfig | None:
+    """The decoding defaults of an autoregressive base; None where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(base.base, revision=base.revision)
+    except OSError:
+        return None
 
 
 def base_as_it_was(run: RunFolder) -> PretrainedConfig:
@@ -139,15 +157,23 @@ def check_parity(
 ) -> None:
     """Say how the logits of the weights in `folder` compare with those of the trained ones, on a fixed batch.
 
-    `shipped` describes the first, `config` the second. Raises UserError where they differ in the same dtype.
+    `shipped` describes the first, `config` the second. Raises UserError where they differ when both compute in the
+    dtype that was written.
     """
     ids = fixed_batch(config, vocabulary=shipped.vocab_size)
     written = logits_of(model_class, shipped, stored_weights(folder), ids)
-    expected = logits_of(model_class, config, trained, ids)[..., : shipped.vocab_size]
-    parity = compare(written, expected)
-    log.info("%s", parity)
-    if shipped.dtype == config.dtype and not parity.exact:
+
+    def in_dtype(dtype: torch.dtype) -> Parity:
+        described = copy.deepcopy(config)
+        described.dtype = dtype
+        return compare(written, logits_of(model_class, described, trained, ids)[..., : shipped.vocab_size])
+
+    dtype: Any = shipped.dtype
+    parity = in_dtype(dtype)
+    if not parity.exact:
         raise UserError(f"the written weights are not the trained ones; nothing was kept ({parity})")
+    trained_in: Any = config.dtype
+    log.info("%s", parity if dtype == trained_in else in_dtype(trained_in))
 
 
 def _untrained(run: RunFolder, config: PretrainedConfig) -> tuple[Mapping[str, Weight], dict]:
@@ -168,20 +194,26 @@ def _trained(run: RunFolder, step: int | None) -> tuple[Mapping[str, Weight], di
             f"{run.path} has no checkpoint{'' if step is None else f' of step {step}'}; it has {', '.join(there)}"
         )
     folder, about = found
-    return trained_weights(folder, about["zero_stage"]), about
+    return trained_weights(folder, about["zero_stage"]), {**about, "checkpoint": checkpoint_id(folder)}
 
 
-def _describe(model: PreTrainedModel, about: dict, objective: str) -> None:
+def checkpoint_id(folder: Path) -> str:
+    """Tells a checkpoint from another one of the same step, as a run has them that is rolled back or begun again."""
+    return sha256_of(folder / "checkpoint.json")[:16]
+
+
+def _finish_config(model: PreTrainedModel, about: dict, objective: str) -> None:
     """Make config.json that of the export: its dtype, its class, the steps behind it."""
     config: Any = model.config
     config.dtype = model.dtype
     config.architectures = [type(model).__name__]
+    trained = {key: about[key] for key in ("step", "tokens", "checkpoint") if key in about}
     if isinstance(model, DiffusionModel):
-        config.diffusion = {**config.diffusion, "step": about["step"], "tokens": about["tokens"]}
+        config.diffusion = {**config.diffusion, **trained}
         return
     config.use_cache = True  # training goes without; decoding from left to right would be slow
     if objective == "autoregressive":
-        config.training = {"step": about["step"], "tokens": about["tokens"]}
+        config.training = trained
     if hasattr(config, "auto_map"):  # of a diffusion model that the run began with
         del config.auto_map
 

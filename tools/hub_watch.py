@@ -4,9 +4,12 @@ In: RUN_DIR, of which it only reads. Out: the revisions step_<n> and main of a r
 in hand. What has been pushed is read from the Hub each time, so that it may be killed and started at any moment.
 """
 
+import fcntl
 import math
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from common.errors import UserError
 from common.log import log
 
 from . import repository
-from .export import export
+from .export import checkpoint_id, export
 from .health import planned_steps, silent_seconds
 from .repository import HubUnreachable
 from .run_folder import RunFolder, read_run
@@ -54,21 +57,22 @@ def watch(
         raise UserError(f"--every is {every}, expected at least 1 step")
     if once:
         read_run(run_dir)
+    if poll <= 0:
+        raise UserError(f"--poll is {poll:g}, expected seconds above 0")
     job = Watch(Path(run_dir), repo_id, every, private, dtype)
-    exports = job.run_dir / "hub"
-    shutil.rmtree(exports, ignore_errors=True)  # of a process that was killed
     log.info("%s: checkpoints of every %d steps go to %s", run_dir, every, repo_id)
-    prepared = warned = False
-    try:
+    prepared = begun = False
+    with ExitStack() as held:
         while True:
             try:
                 if not prepared:
                     repository.prepare(repo_id, private)
                     prepared = True
                 run = begun_run(job.run_dir)
-                if run and not warned:
+                if run and not begun:
+                    held.enter_context(_alone(job.run_dir))
                     _warn_of_intervals(run, every)
-                    warned = True
+                    begun = True
                 if run and push_due(job, run):
                     log.info("%s has finished, and its last checkpoint is on the Hub%s", run_dir, _count_gone(job))
                     return
@@ -79,8 +83,24 @@ def watch(
             if once:
                 return
             time.sleep(poll)
-    finally:
-        shutil.rmtree(exports, ignore_errors=True)
+
+
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """RUN_DIR/hub/ for this process, empty. Raises UserError where another process has it."""
+    exports = run_dir / "hub"
+    exports.mkdir(exist_ok=True)
+    with open(exports / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process pushes {run_dir} already; end it, or leave it to that one") from None
+        for folder in exports.glob("step_*"):  # of a process that was killed
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(exports, ignore_errors=True)
 
 
 def begun_run(run_dir: Path) -> RunFolder | None:
@@ -150,22 +170,29 @@ def push_due(job: Watch, run: RunFolder) -> bool:
     branches = repository.revisions(job.repo_id)
     gone = missing_steps(steps, job.every, run.config.checkpoint.every)
     _report_gone(job, [step for step in gone if f"step_{step}" not in branches])
-    on_main = pushed_step(job.repo_id, branches.get("main"))
+    on_main = pushed(job.repo_id, branches.get("main"))
     for step in due:
         revision = f"step_{step}"
+        try:
+            own = (step, checkpoint_id(run.path / "checkpoints" / f"step_{step:08d}"))
+        except FileNotFoundError:
+            _report_gone(job, [step])
+            continue
         # the name is not enough: a branch begins as a copy of main, and its push may have been killed
-        targets = [] if pushed_step(job.repo_id, branches.get(revision)) == step else [revision]
-        if step == due[-1] and (on_main is None or step > on_main):
+        targets = [] if pushed(job.repo_id, branches.get(revision)) == own else [revision]
+        if step == due[-1] and (on_main is None or step > on_main[0] or (step == on_main[0] and on_main != own)):
             targets.append("main")
         if targets and step not in job.gone:
             _export_and_push(job, step, targets)
     return finished
 
 
-def pushed_step(repo_id: str, commit: str | None) -> int | None:
-    """The step of the model in a commit; None where it has none, or for None."""
+def pushed(repo_id: str, commit: str | None) -> tuple[int, str] | None:
+    """(step, checkpoint) of the model in a commit; None where its config.json does not say, and for no commit."""
     config = repository.read_json(repo_id, "config.json", commit) if commit else {}
-    return config.get("diffusion", config.get("training", {})).get("step")
+    said = config.get("diffusion", config.get("training")) if isinstance(config, dict) else None
+    step = said.get("step") if isinstance(said, dict) else None
+    return (step, str(said.get("checkpoint"))) if isinstance(step, int) and isinstance(said, dict) else None
 
 
 def _export_and_push(job: Watch, step: int, targets: list[str]) -> None:

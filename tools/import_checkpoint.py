@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from common.cli import command, make_parser
 from common.errors import UserError
+from common.log import log
 from pretrain.adapt import check_adaptable
 from pretrain.model.modeling_diffullama import diffusion_class
 
@@ -102,8 +104,10 @@ def base_config(source: Source) -> PretrainedConfig:
         settings["tie_word_embeddings"] = source.layout.tied
     try:
         config = AutoConfig.for_model(model_type, **settings)
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"{source.folder}/config.json cannot be: {' '.join(str(error).split())}") from None
+        empty_model(config, torch.float32, diffusion_class(type(config)))
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{source.folder}/config.json describes no {model_type} model ({reason})") from None
     check_adaptable(config, seq_len=0)
     return config
 
@@ -157,16 +161,22 @@ def read_checkpoint(
 def _merged(folder: Path, read: Source, model: PreTrainedModel) -> tuple[dict[str, Weight], str]:
     """The base's weights with the adapter of `folder` in them, and what it changed. Raises UserError."""
     settings = read_json(folder / "adapter_config.json")
+    adapter = stored_weights(folder)
+    chosen_dtype(adapter, "auto", folder)  # raises for integers
     done = lora.merge(
         read.weights,
-        stored_weights(folder),
+        adapter,
         settings,
         rename=lambda name: layouts.renamed(name, read.layout.reads),
+        transposed=model.config.model_type == "gpt2",
     )
     shared = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     untied = sorted(shared & {*done.updated, *done.replaced})
     if untied:
-        raise UserError(f"{folder} changes {untied[0]}, which the base shares with its head (tied); that is undecided")
+        raise UserError(
+            f"{folder} changes {untied[0]}, which the base shares with its head (tied): whether the head should change "
+            "too is not said; merge it with peft, and import that folder"
+        )
     replaced = f", {len(done.replaced)} replaced" if done.replaced else ""
     return done.weights, f"LoRA of rank {settings['r']} merged into {len(done.updated)} weights{replaced}"
 
@@ -210,8 +220,11 @@ def import_card(source: Path | str, checkpoint: Checkpoint) -> str:
     folder = source_folder(source)
     stated = {}
     if (folder / "README.md").exists():
-        card = ModelCard((folder / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True)
-        stated = {key: value for key, value in card.data.to_dict().items() if key.startswith("license")}
+        try:
+            card = ModelCard((folder / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True)
+            stated = {key: value for key, value in card.data.to_dict().items() if key.startswith("license")}
+        except Exception as error:  # of another's card nothing but the licence is wanted
+            log.warning("%s/README.md says no licence that can be read (%s)", folder, type(error).__name__)
     front = ["library_name: transformers", "pipeline_tag: fill-mask"]
     front.append("tags: [diffusion, masked-diffusion, text-diffusion]")
     front += [f"{key}: {json.dumps(value)}" for key, value in stated.items()]

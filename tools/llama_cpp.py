@@ -22,7 +22,7 @@ SHAPES = ("llama", "qwen2")
 CONTINUE_THE_PROMPT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def why_not(config: Any) -> str | None:
+def reason_unsupported(config: Any) -> str | None:
     """Why llama.cpp's Dream graph would not compute what this model computes; None where it does."""
     heads = config.num_attention_heads
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

@@ -5,6 +5,7 @@
 Each weight that the adapter names becomes W + scale · B A, computed in fp32 when it is asked for, one at a time.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class MergedWeight:
 
 @dataclass(frozen=True)
 class Merge:
-    """The weights of the base after the merge, and the names in it that are the adapter's doing."""
+    """The weights of the base after the merge, and the names of those that the adapter changed."""
 
     weights: dict[str, Weight]
     updated: list[str]  # W + scale · B A
@@ -63,20 +64,27 @@ def merge(
     adapter: Mapping[str, Weight],
     settings: Mapping[str, Any],
     rename: Callable[[str], str] = str,
+    transposed: bool = False,
 ) -> Merge:
     """Merge an adapter's tensors under the `settings` of its adapter_config.json into the weights of `base`.
 
-    `rename` turns a name of the model that peft wrapped into one of `base`. Raises UserError for an adapter that is
+    `rename` turns a name of the model that peft wrapped into one of `base`; `transposed`: its weights are (in, out), as
+    in GPT-2's Conv1D. Raises UserError for an adapter that is
     not LoRA alone, and for tensors that the base has no place for.
     """
     check_settings(settings)
+    if bool(settings.get("fan_in_fan_out", transposed)) != transposed:
+        raise UserError(
+            f"adapter_config.json has fan_in_fan_out={settings['fan_in_fan_out']}, expected {transposed} for this base"
+        )
     rank, alpha = settings["r"], settings["lora_alpha"]
     scale = alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
-    transposed = bool(settings.get("fan_in_fan_out"))
     pairs, saved, unknown = sort_tensors(adapter, rename)
     unknown += sorted(name for name in [*pairs, *saved] if name not in base)
     if unknown:
         raise UserError(f"the adapter has {len(unknown)} tensors that the base has no place for, first {unknown[0]}")
+    if not pairs and not saved:
+        raise UserError("the adapter holds no tensors; download it again")
     merged = dict(base)
     for name, pair in pairs.items():
         if pair.keys() != {"A", "B"}:
@@ -106,7 +114,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if kind != "LORA":
         raise UserError(f"adapter_config.json has peft_type {kind!r}, expected LORA")
     for key in ("r", "lora_alpha"):
-        if not isinstance(settings.get(key), int | float) or settings[key] <= 0:
+        value = settings.get(key)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"adapter_config.json has {key}={settings.get(key)!r}, expected a number above 0")
     wrong = [key for key in UNSUPPORTED if settings.get(key)]
     if settings.get("bias", "none") != "none":
@@ -135,7 +144,10 @@ def sort_tensors(
         if name == full:
             unknown.append(full)
         elif rest in ("A.weight", "B.weight", "A.default.weight", "B.default.weight"):
-            pairs.setdefault(rename(f"{module}.weight"), {})[rest[0]] = weight
+            pair = pairs.setdefault(rename(f"{module}.weight"), {})
+            if rest[0] in pair:
+                raise UserError(f"the adapter has lora_{rest[0]} for {module} twice; download it again")
+            pair[rest[0]] = weight
         elif rest:
             unknown.append(full)
         else:

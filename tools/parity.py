@@ -1,4 +1,4 @@
-"""Whether a written folder is the model that trained: the logits of both on a fixed batch. Not a verb.
+"""Compares the logits of a written folder with those of the trained weights, on a fixed batch. Not a verb.
 
 A model is run with one layer's weights in memory at a time, so that the check needs no more memory than the export.
 """

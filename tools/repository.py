@@ -5,6 +5,7 @@ takes, keeps or prints a token, and errors of huggingface_hub, which hold reques
 what the user can fix becomes a UserError of one line, everything else, after some tries, HubUnreachable.
 """
 
+import errno
 import functools
 import json
 import logging
@@ -15,9 +16,17 @@ from collections.abc import Callable, Collection
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, is_offline_mode, set_client_factory
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    is_offline_mode,
+    set_client_factory,
+)
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
@@ -34,10 +43,16 @@ Result = TypeVar("Result")
 
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds before each further try
 RETRIED = (408, 409, 412, 423, 425, 429)  # HTTP codes below 500 that may be others the next time
+LONGEST_PAUSE = 300  # seconds that the Hub may ask for
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 SILENT_SECONDS = 300.0  # in which the Hub neither sends nor takes a byte; huggingface_hub would wait for ever
 INDEX = "model.safetensors.index.json"
 # What another export would leave behind: from_pretrained might read it beside, or instead of, the new files.
-REPLACED = ("*.safetensors", INDEX, "*.gguf", "pytorch_model*", "generation_config.json")
+REPLACED = (
+    "*.safetensors", INDEX, "*.gguf", "pytorch_model*", "tf_model*", "flax_model*", "consolidated*",
+    "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.*", "merges.txt", "chat_template*",
+)  # fmt: skip
 NOT_PUSHED = (".git", ".cache")  # folders of git and huggingface_hub in a downloaded model
 
 
@@ -56,8 +71,10 @@ def check_repo_id(repo_id: str, revision: str | None = None) -> None:
         validate_repo_id(repo_id)
     except ValueError as error:
         raise UserError(f"{repo_id!r} is not a repository's name: {_one_line(error)}") from None
-    if revision is not None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", revision, re.ASCII):
+    if revision is not None and (".." in revision or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", revision, re.ASCII)):
         raise UserError(f"{revision!r} is not a revision's name; expected letters, digits, '_', '-', '.'")
+    if "@" in urlsplit(constants.ENDPOINT).netloc:
+        raise UserError("HF_ENDPOINT holds a user or password, which errors would print; give the token as HF_TOKEN")
     if is_offline_mode():
         raise UserError("HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set; set HF_HUB_OFFLINE=0 for this command")
 
@@ -83,9 +100,9 @@ def push(
 
     The repository and the branch are created where they are missing; a branch starts as a copy of main. All files
     come with one commit after the uploads: a push that is killed leaves the revision as it was, and the same push
-    can be made again, which uploads only what the Hub does not have yet. The commit also deletes weights that
-    `folder` does not have, such as shards of another size; files of other kinds stay. `message` is the commit's
-    title. Raises UserError for a folder that is no whole model and for what the token does not allow.
+    can be made again, which uploads only what the Hub does not have yet. The commit also deletes weights and
+    tokenizers that `folder` does not have, such as shards of another size; files of other kinds stay. `message` is
+    the commit's title. Raises UserError for a folder that is no whole model and for what the token does not allow.
     """
     folder = Path(folder)
     check_repo_id(repo_id, revision)
@@ -151,7 +168,7 @@ def pull(repo_id: str, out_dir: str | Path, revision: str | None = None) -> Path
     Until then files come to OUT_DIR.tmp, where the same call continues after a kill. Raises UserError for an
     `out_dir` that is not empty, and for a revision that is missing or holds no whole model.
     """
-    out_dir = Path(out_dir)
+    out_dir = Path(out_dir).resolve()
     check_free(out_dir)
     check_repo_id(repo_id, revision)
     api = _api()
@@ -221,14 +238,15 @@ def _attempt(repo_id: str, call: Callable[[], Result]) -> Result:
         try:
             return call()
         except (OSError, RuntimeError, ValueError, httpx2.HTTPError, httpx2.InvalidURL) as error:
-            if isinstance(error, OSError) and error.filename:  # a file of this machine
+            if isinstance(error, OSError) and (error.filename or error.errno in DISK_ERRORS):  # of this machine
                 raise
             mistake = _mistake(error, repo_id)
-            reason = _reason(error)
+            reason, asked = _reason(error), _retry_after(error)
         if mistake:
             raise UserError(mistake)
         if pause is None:
             break
+        pause = max(pause, asked)
         log.warning("%s: %s; try %d of %d in %d s", repo_id, reason, tries + 1, len(PAUSES) + 1, pause)
         time.sleep(pause)
     raise HubUnreachable(f"{repo_id}: {reason}, at each of {tries} tries")
@@ -276,6 +294,13 @@ def _reason(error: Exception) -> str:
     if type(error) is ConnectionError:  # our own
         return str(error)
     return f"no connection to the Hub ({type(error).__name__})"
+
+
+def _retry_after(error: Exception) -> int:
+    """Seconds that the Hub asks to wait, at most LONGEST_PAUSE; 0 where it does not say."""
+    error = _failed_request(error)
+    said = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return min(int(said), LONGEST_PAUSE) if said.isdecimal() else 0
 
 
 def _failed_request(error: Exception) -> Any:

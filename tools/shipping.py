@@ -46,12 +46,19 @@ def write_folder(
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def describe_for_transformers(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Write configuration and tokenizer, and of a diffusion model its code and its decoding defaults."""
+def describe_for_transformers(
+    folder: Path, model: PreTrainedModel, tokenizer: Any, generation: GenerationConfig | None = None
+) -> None:
+    """Write configuration and tokenizer, and of a diffusion model its code and its decoding defaults.
+
+    `generation`: the decoding defaults of an autoregressive model.
+    """
     if isinstance(model, DiffusionModel):
         model.describe_code()
         model.save_code(folder)
-        generation_defaults(model.config, tokenizer).save_pretrained(folder)
+        generation = generation_defaults(model.config, tokenizer)
+    if generation is not None:
+        generation.save_pretrained(folder)
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

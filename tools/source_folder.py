@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from common.errors import UserError
+from common.errors import UserError, without_passwords
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
@@ -26,6 +26,7 @@ def source_folder(source: str | Path) -> Path:
             found = Path(snapshot_download(str(source), allow_patterns=[*HUB_FILES, "*.bin"]))
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = without_passwords(reason)
         raise UserError(f"{source} is no folder, and the Hub does not give it: {reason}") from None
     return found
 
@@ -33,8 +34,11 @@ def source_folder(source: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises UserError where there is no such file or it is no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} not found; expected a folder that from_pretrained would load") from None
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected an object with settings")
+    return content

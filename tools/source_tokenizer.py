@@ -10,7 +10,9 @@ from transformers import AutoTokenizer, PretrainedConfig, Qwen2Tokenizer
 from common.errors import UserError
 
 from .layouts import Layout
+from .source_folder import read_json
 
+LEAST_SHARE = 0.9  # of the embedding's rows that a tokenizer has; the others are padding to round numbers
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -30,7 +32,7 @@ def load_tokenizer(folder: Path, layout: Layout, config: PretrainedConfig) -> An
     if not has_tokenizer(folder):
         raise UserError(f"{folder} has no tokenizer ({', '.join(FILES)}); name a folder that has it with --tokenizer")
     described = folder / "tokenizer_config.json"
-    settings = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
+    settings = read_json(described) if described.exists() else {}
     try:
         if settings.get("tokenizer_class") == "DreamTokenizer":
             tokenizer = Qwen2Tokenizer.from_pretrained(folder)
@@ -87,6 +89,11 @@ def find_mask(
         raise UserError(
             f"{where}: the tokenizer has {len(tokenizer)} tokens, more than the {rows} rows of the embedding; name the "
             "model's own with --tokenizer"
+        )
+    if len(tokenizer) < LEAST_SHARE * rows:
+        raise UserError(
+            f"{where}: the tokenizer has {len(tokenizer)} tokens for {rows} rows of the embedding, which is another "
+            "model's; name the right one with --tokenizer"
         )
     if not 0 <= mask < len(tokenizer):
         raise UserError(

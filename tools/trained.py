@@ -2,8 +2,10 @@
 
 DeepSpeed keeps the parameters that its optimizer updates in one flat tensor a group and rank:
 
-- stages 1 and 2: a group's parameters stand one after the other, and the whole is cut into one piece a rank;
-- stage 3: each parameter is cut into one piece a rank, and a rank's pieces stand one after the other.
+- stages 1 and 2: the group's parameters are joined, and the result is cut into one piece a rank;
+- stage 3: each parameter is cut into one piece a rank, and each rank joins its pieces.
+
+Stage 0 has whole weights, and beside bf16 ones the optimizer's copies in fp32.
 
 The files are mapped, not read: what is in memory is the weight that is asked for. Not a verb.
 """
@@ -15,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+
+from common.errors import UserError
 
 from .weights import Weight
 
@@ -32,12 +36,16 @@ class JoinedWeight:
 def trained_weights(folder: Path, zero_stage: int) -> Mapping[str, Weight]:
     """The weights of a checkpoint folder by name; tied ones under each of their names.
 
-    The files are pickles: only of runs that you trust. Raises ValueError where the pieces do not fill the weights.
+    The files are pickles: only of runs that you trust. Raises UserError for a folder without files, and ValueError
+    where the pieces do not fill the weights.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading the pickles imports deepspeed, which would warn
+    found = sorted(folder.glob("*_model_states.pt"), key=_rank)
+    if not found:
+        raise UserError(f"{folder} holds no model; training may have deleted it meanwhile: export another step")
+    model = _read(found[0])
     if zero_stage == 0:
-        return _read(folder / "mp_rank_00_model_states.pt")["module"]
-    model = _read(min(folder.glob("*_model_states.pt"), key=_rank))
+        return _of_stage_0(model)
     ranks = [_read(path)["optimizer_state_dict"] for path in sorted(folder.glob("*_optim_states.pt"), key=_rank)]
     joined = _of_stage_3 if zero_stage == 3 else _of_stages_1_and_2
     weights: dict[str, Weight] = dict(joined(model["param_shapes"], ranks))
@@ -56,13 +64,31 @@ def _rank(path: Path) -> int:
     return int(found[1]) if found else 0
 
 
+def _of_stage_0(model: dict) -> dict[str, torch.Tensor]:
+    """The optimizer's fp32 copies, where training computed in bf16; they stand group by group in the model's order."""
+    weights = dict(model["module"])
+    first: dict[int, str] = {}  # of each tensor: tied weights are one tensor under several names
+    for name, weight in weights.items():
+        first.setdefault(weight.data_ptr(), name)
+    names = [name for name in first.values() if name not in (model["buffer_names"] or [])]
+    whole = {}
+    for group in (model["optimizer"] or {}).get("fp32_groups", []):
+        # pretrain.optimization.parameter_groups: matrices decay, vectors do not
+        of_group = [name for name in names if (weights[name].ndim > 1) == (group[0].ndim > 1)]
+        for name, copy in zip(of_group, group, strict=True):
+            if copy.shape != weights[name].shape:
+                raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, its fp32 copy {tuple(copy.shape)}")
+            whole[name] = copy
+    return {name: whole.get(first[weight.data_ptr()], weight) for name, weight in weights.items()}
+
+
 def _of_stages_1_and_2(groups: list[dict], ranks: list[dict]) -> Iterator[tuple[str, JoinedWeight]]:
     paddings = ranks[0].get("param_alignment_paddings") or [None] * len(groups)
     for g, (shapes, padding) in enumerate(zip(groups, paddings, strict=True)):
         flat = [rank["single_partition_of_fp32_groups"][g] for rank in ranks]
         start = 0
         for i, (name, shape) in enumerate(shapes.items()):
-            yield name, JoinedWeight(_stretch(flat, start, math.prod(shape)), torch.Size(shape))
+            yield name, JoinedWeight(_slices_of(flat, start, math.prod(shape)), torch.Size(shape))
             start += math.prod(shape) + (padding[i] if padding else 0)
         _check_used(start, flat, slack=2 * len(ranks))
 
@@ -73,7 +99,7 @@ def _of_stage_3(groups: list[dict], ranks: list[dict]) -> Iterator[tuple[str, Jo
         missing, share = math.prod(shape), math.ceil(math.prod(shape) / len(ranks))
         pieces = []
         for rank in ranks:  # the last shares may be padded
-            pieces += _stretch(rank["fp32_flat_groups"], start, min(share, missing))
+            pieces += _slices_of(rank["fp32_flat_groups"], start, min(share, missing))
             missing -= min(share, missing)
         yield name, JoinedWeight(pieces, torch.Size(shape))
         start += share
@@ -81,7 +107,7 @@ def _of_stage_3(groups: list[dict], ranks: list[dict]) -> Iterator[tuple[str, Jo
         _check_used(start, rank["fp32_flat_groups"], slack=1)
 
 
-def _stretch(flat: list[torch.Tensor], start: int, count: int) -> list[torch.Tensor]:
+def _slices_of(flat: list[torch.Tensor], start: int, count: int) -> list[torch.Tensor]:
     """Views of the `count` elements from `start` of what `flat` tensors are one after the other."""
     pieces = []
     for tensor in flat:

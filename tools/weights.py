@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,8 @@ def check_tensors(weights: Mapping[str, Weight], model: PreTrainedModel, where: 
 def split_into_files(weights: Mapping[str, Weight], dtype: torch.dtype, max_shard_size: str) -> StateDictSplit:
     """Which weights go into which file, nothing read. Raises UserError for a `max_shard_size` that is not a size."""
     try:
+        if re.match(r"\s*(-|0*\.?0*[a-zA-Z])", max_shard_size):  # below or equal 0
+            raise ValueError
         return split_state_dict_into_shards_factory(
             dict(weights),
             get_storage_size=lambda weight: weight.shape.numel() * dtype.itemsize,
@@ -170,7 +173,10 @@ def _weight_files(folder: Path) -> list[Path]:
         suffix = pattern.rpartition("*")[2]
         files = sorted(folder.glob(pattern))
         for index in sorted(folder.glob(f"*{suffix}.index.json")):
-            listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise UserError(f"{index} is no index of weights; download it again") from None
             missing = [name for name in listed if not (folder / name).is_file()]
             if missing:
                 raise UserError(f"{folder}: {index.name} lists {missing[0]}, which is not there; download it again")

@@ -43,6 +43,8 @@ REMOTE_CODE = (
     "stock.py",
     "visibility.py",
 )
+# what generation without the model's own code needs
+DECODING_CODE = tuple(name for name in REMOTE_CODE if name not in ("loss.py", "modeling_diffullama.py"))
 AUTO_MAP = {name: "modeling_diffullama.AutoDiffusionLM" for name in ("AutoModel", "AutoModelForMaskedLM")}
 HARMLESS = ("return_dict", "token_type_ids")  # what callers give any model, and what changes nothing here
 IGNORE = -100  # label of positions that bear no loss, as everywhere in transformers
@@ -246,12 +248,13 @@ class DiffusionModel(_CausalLM):
     def save_code(self, save_directory: str | Path) -> None:
         """What a folder with weights and configuration also needs for `trust_remote_code`."""
         folder = Path(save_directory)
-        for name in REMOTE_CODE:
-            target = folder / name
-            if not target.exists() or not target.samefile(Path(__file__).with_name(name)):
-                shutil.copyfile(Path(__file__).with_name(name), target)
-        (folder / "custom_generate").mkdir(exist_ok=True)
-        (folder / "custom_generate" / "generate.py").write_text(CUSTOM_GENERATE, encoding="utf-8")
+        own = folder / "custom_generate"
+        own.mkdir(exist_ok=True)
+        for target in [*(folder / name for name in REMOTE_CODE), *(own / name for name in DECODING_CODE)]:
+            source = Path(__file__).with_name(target.name)
+            if not target.exists() or not target.samefile(source):
+                shutil.copyfile(source, target)
+        (own / "generate.py").write_text(CUSTOM_GENERATE, encoding="utf-8")
 
 
 @lru_cache

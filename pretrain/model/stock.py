@@ -18,21 +18,18 @@ BIDIRECTIONAL = ("gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3", "s
 
 # What only the project's own class can do: transformers' has no cache of windows and no shadows.
 NEEDS_OUR_CLASS = ("cache", "compile", "verify_threshold")
+FROM_HABIT = ("use_cache", "pad_token_id")
 
-# custom_generate/generate.py of a checkpoint. transformers imports it alone, so it loads the code beside it by itself.
+# custom_generate/generate.py of a checkpoint. transformers loads relative imports from the folder of the file, so the
+# code of decoding has copies there: code found through the model would be that of another folder, perhaps not trusted.
 CUSTOM_GENERATE = '''"""`model.generate` of transformers for a masked diffusion model: it fills mask tokens."""
 
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from .stock import generate_as_diffusion
 
 
 def generate(inputs=None, *, model, **kwargs):
     """See `diffusion_generate` in modeling_diffullama.py for the arguments."""
-    fill = get_class_from_dynamic_module(
-        "stock.generate_as_diffusion",
-        model.config._name_or_path,
-        revision=getattr(model.config, "_commit_hash", None),
-    )
-    return fill(model, inputs, **kwargs)
+    return generate_as_diffusion(model, inputs, **kwargs)
 '''
 
 
@@ -63,10 +60,11 @@ def generate_as_diffusion(
     """`diffusion_generate` of a diffusion model, or of the class that AutoModelForCausalLM loads without remote code.
 
     Takes `inputs` or `input_ids` (B, L) and what `diffusion_generate` takes; with transformers' class nothing in
-    NEEDS_OUR_CLASS. None counts as not given: transformers' `generate` passes None for what a caller left out.
+    NEEDS_OUR_CLASS. None counts as not given: transformers' `generate` passes None for what a caller left out. Nor do
+    `use_cache` and `pad_token_id` count, which callers give from habit and which change nothing here.
     Raises ValueError for a model whose attention is still causal and for an argument that needs our class.
     """
-    given = {name: value for name, value in kwargs.items() if value is not None}
+    given = {name: value for name, value in kwargs.items() if value is not None and name not in FROM_HABIT}
     if inputs is not None:
         given["input_ids"] = inputs
     if hasattr(model, "diffusion_generate"):

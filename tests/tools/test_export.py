@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import launch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from helpers import ROOT, launch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.config import load_config
 from common.errors import UserError
@@ -21,7 +23,10 @@ from pretrain.objectives import make_objective
 from pretrain.runtime.metrics import read_metrics
 from pretrain.step import read_rows
 from tools.export import export
+from tools.export import main as export_main
 from tools.generate import load
+from tools.parity import fixed_batch
+from tools.trained import trained_weights
 
 pytestmark = pytest.mark.slow
 
@@ -260,3 +265,146 @@ def test_exports_with_the_former_class_name_load_with_this_projects_code(small_r
     assert all(
         torch.equal(w, model.state_dict()[name]) for name, w in load_file(exported / "model.safetensors").items()
     )
+
+
+def test_an_export_that_is_not_the_trained_model_is_not_kept(small_run, tmp_path, monkeypatch):
+    """A weight that is changed on its way to the disk, in the trained dtype and in another."""
+    from tools import export as module
+
+    save = module.save_weights
+
+    def change(weights, files, dtype, folder):
+        save(weights, files, dtype, folder)
+        (path,) = folder.glob("*.safetensors")
+        tensors = load_file(path)
+        tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.01
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(module, "save_weights", change)
+    for dtype in ("auto", "bf16"):
+        with pytest.raises(UserError, match="the written weights are not the trained ones; nothing was kept"):
+            export(small_run, tmp_path / "out", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_says_what_another_dtype_changes(small_run, tmp_path, caplog):
+    caplog.set_level("INFO")
+    export(small_run, tmp_path / "same")
+    assert "parity: the exported logits are the trained ones, bit for bit" in caplog.text
+    caplog.clear()
+    export(small_run, tmp_path / "half", dtype="bf16")
+    half, same = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("half", "same"))
+    ids = fixed_batch(same.config, same.config.vocab_size)
+    with torch.no_grad():
+        difference = (half(ids).logits.float() - same(ids).logits).abs().max().item()
+    said = float(re.search(r"differ by at most ([\d.e-]+)", caplog.text)[1])
+    assert said == pytest.approx(difference, rel=0.1)
+
+
+def test_an_export_killed_while_it_writes_leaves_nothing_under_its_name(small_run, tmp_path):
+    """And the next one works. It is killed by itself, after its first file of weights."""
+    program = (
+        "import os, signal, sys; from tools import export, weights; save = weights.save_file\n"
+        "def save_and_die(*a, **k): save(*a, **k); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "weights.save_file = save_and_die; export.export(sys.argv[1], sys.argv[2], max_shard_size='20KB')"
+    )
+    out = tmp_path / "out"
+    outcome = subprocess.run([sys.executable, "-c", program, str(small_run), str(out)], check=False, cwd=ROOT)
+    assert outcome.returncode == -9
+    assert not out.exists() and not (tmp_path / "out.tmp" / "config.json").exists()
+    assert export(small_run, out) == out and not (tmp_path / "out.tmp").exists()
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_fp32_weights_of_a_bf16_run_are_the_optimizers(stage, tiny_run, tmp_path):
+    settings = {"train.steps": 2, "model.dtype": "bf16"}
+    arguments, folder = tiny_run(f"export_masters_{stage}", "gpt2", stage=stage, **settings)
+    outcome = launch(1, arguments)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    whole = load_file(export(folder, tmp_path / "whole", dtype="fp32") / "model.safetensors")
+    half = load_file(export(folder, tmp_path / "half") / "model.safetensors")
+    assert all(torch.equal(whole[name].bfloat16(), half[name]) for name in whole)
+    rounded = [name for name in whole if torch.equal(whole[name], half[name].float())]
+    assert len(rounded) < len(whole) / 2, "these are not the optimizer's fp32 weights"
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2"])
+def test_as_autoregressive_gives_the_base_back(family, tiny_run, base_dir, tmp_path):
+    arguments, folder = tiny_run(f"export_back_{family}", family, **{"train.steps": 1})
+    outcome = launch(1, arguments)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    base = base_dir(family)
+    before = export(folder, tmp_path / "before", step=0, target="autoregressive")
+    assert (before / "config.json").read_text() == (base / "config.json").read_text()
+    a, b = (load_file(path / "model.safetensors") for path in (before, base))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
+    assert AutoTokenizer.from_pretrained(before).mask_token is None and not list(before.glob("*.py"))
+    assert (before / "generation_config.json").read_text() == (base / "generation_config.json").read_text()
+    after = load_file(export(folder, tmp_path / "after", target="autoregressive") / "model.safetensors")
+    trained = load_file(export(folder, tmp_path / "trained") / "model.safetensors")
+    assert after.keys() == trained.keys()
+    for name, weight in after.items():
+        assert torch.equal(weight, trained[name][: len(weight)]) and weight.shape == b[name].shape
+    card = (tmp_path / "after" / "README.md").read_text()
+    assert "in its base's architecture" in card and "diffusion_generate" not in card
+
+
+def test_a_new_model_has_no_base_to_give_back(tiny_run, tmp_path):
+    arguments, folder = tiny_run("export_no_base", **{"model.init": "random", "train.steps": 1})
+    outcome = launch(1, arguments)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    with pytest.raises(UserError, match="began without a base"):
+        export(folder, tmp_path / "out", target="autoregressive")
+
+
+def test_the_card_says_how_it_was_made(small_run, tmp_path, base_dir, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    base = tmp_path / "a base"
+    shutil.copytree(base_dir("llama"), base)
+    front = "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE.txt\n---\nA base\n"
+    (base / "README.md").write_text(front)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace(f"base: {base_dir('llama')}", f"base: {base}"))
+    (run / "evaluation.md").write_text("| task | {accuracy} |\n| --- | --- |\n| piqa | 0.5 |\n")
+    exported = export(run, tmp_path / "out", step=1)
+    card = ModelCard.load(exported / "README.md")
+    said = card.data.to_dict()
+    assert (said["license"], said["license_name"], said["license_link"]) == ("other", "mine", "LICENSE.txt")
+    assert "base_model" not in said and said["library_name"] == "transformers" and "diffusion" in said["tags"]
+    assert "| piqa | 0.5 |" in card.text and "{accuracy}" in card.text
+    assert "| short | 3 |" in card.text and "| long | 1 |" in card.text, "the corpus"
+    assert (
+        "| learning rate |" in card.text and "annealed: bernoulli" in card.text and "1 steps, 256 tokens" in card.text
+    )
+    assert "| 2 | 512 |" not in card.text, "nothing of later steps"
+    assert (exported / "loss.png").read_bytes()[1:4] == b"PNG" and "(loss.png)" in card.text
+    assert "row i predicts token i + 1" in card.text and str(tmp_path) not in card.text
+    (base / "README.md").write_text("---\nlicense: [\n---\n")
+    assert "license" not in ModelCard.load(export(run, tmp_path / "odd") / "README.md").data.to_dict()
+
+
+def test_where_it_may_be_written(small_run, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert (export(small_run, tmp_path / "link") / "config.json").exists()
+    assert (tmp_path / "real" / "config.json").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not empty"):
+        export(small_run, tmp_path / "file")
+    with pytest.raises(UserError, match="--max_shard_size is '-1GB'"):
+        export(small_run, tmp_path / "x", max_shard_size="-1GB")
+    monkeypatch.chdir(tmp_path)
+    assert (export(small_run, "new/../here") / "config.json").exists() and (tmp_path / "here").exists()
+    with pytest.raises(SystemExit):
+        export_main([str(small_run), "x", "--for", "nobody"])
+    assert export_main([str(small_run), "x", "--for", "llama.cpp", "--as_autoregressive"]) == 2
+
+
+def test_a_checkpoint_that_training_deletes_meanwhile(small_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    for file in (run / "checkpoints" / "step_00000002").glob("*model_states.pt"):
+        with pytest.raises(UserError, match="holds no model"):
+            file.unlink()
+            trained_weights(file.parent, 3)

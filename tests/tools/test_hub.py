@@ -1,5 +1,7 @@
 """Models on a Hub: pushed whole or not at all, whatever fails on the way, and never with a token in them."""
 
+import errno
+import fcntl
 import json
 import logging
 import multiprocessing
@@ -15,13 +17,15 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import httpx2
 import pytest
 from helpers import ROOT, digest, error_lines, launch, wait_for
 from hub_server import READER, SIGNATURE, WRITER, HubServer
 from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import http_backoff
 
-from common.errors import UserError
+from common.errors import UserError, without_passwords
 from tools import hub_watch, repository
 from tools.export import export
 from tools.export import main as export_main
@@ -569,6 +573,78 @@ def test_an_autoregressive_run_is_not_pushed_twice_either(tiny_run, hub, tmp_pat
     assert not [path for _, path in hub.requests[requests:] if "/preupload/" in path]
     assert hub.titles(REPO, "main")[1:] == ["Step 2"]
     assert hub.titles(REPO, "step_1")[1:] == ["Step 1"] and hub.titles(REPO, "step_2")[1:] == ["Step 2"]
+
+
+def test_a_checkpoint_saved_again_is_pushed_again(run, hub):
+    """After a roll-back, or in a run begun anew: the step is the same, the checkpoint is not."""
+    watch(run, REPO, every=2, once=True)
+    about = run / "checkpoints" / "step_00000006" / "checkpoint.json"
+    about.write_text(about.read_text() + "\n")
+    watch(run, REPO, every=2, once=True)
+    assert [len(hub.titles(REPO, name)) for name in ("step_2", "step_4", "step_6")] == [2, 2, 3]
+    assert hub.titles(REPO, "main").count("Step 6") == 2
+    assert on_hub(hub) == on_hub(hub, "step_6")
+
+
+def test_one_process_watches_a_run(run, hub):
+    (run / "hub").mkdir()
+    with open(run / "hub" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process pushes"):
+            watch(run, REPO, every=2, once=True)
+    assert not any("/commit/" in path for _, path in hub.requests)
+    watch(run, REPO, every=2, once=True)
+    assert steps_on_hub(hub)["main"] == 6 and not (run / "hub").exists()
+
+
+@pytest.mark.parametrize("config", ['{"diffusion": null}', "[]", '{"diffusion": {"step": "9"}}', '{"diffusion": [9]}'])
+def test_a_strange_config_on_the_hub_counts_as_none(config, run, hub, tmp_path):
+    folder = tmp_path / "strange"
+    shutil.copytree(export(run, tmp_path / "exported", step=2), folder)
+    (folder / "config.json").write_text(config)
+    repository.push(folder, REPO)
+    watch(run, REPO, every=6, once=True)
+    assert steps_on_hub(hub)["main"] == 6
+
+
+def test_a_private_watch_makes_a_private_repository(run, hub):
+    watch(run, REPO, every=6, private=True, once=True)
+    assert hub.repositories[REPO].private
+
+
+def test_it_waits_as_long_as_the_hub_asks(monkeypatch):
+    waited = []
+    monkeypatch.setattr(repository.time, "sleep", waited.append)
+
+    class Busy(HfHubHTTPError):
+        def __init__(self, seconds: str):
+            self.response = httpx2.Response(429, headers={"Retry-After": seconds})
+
+    asked = iter(["20", "never", "9999"])
+
+    def call() -> str:
+        for seconds in asked:
+            raise Busy(seconds)
+        return "done"
+
+    assert repository._attempt(REPO, call) == "done"
+    assert waited == [20, 2, 300]
+
+
+def test_a_full_disk_is_no_failure_of_the_hub():
+    def call() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        repository._attempt(REPO, call)
+
+
+def test_a_password_in_the_endpoint_is_refused_unsaid(monkeypatch):
+    monkeypatch.setattr(repository.constants, "ENDPOINT", "http://bob:s3cret@localhost:1")
+    with pytest.raises(UserError, match="HF_ENDPOINT holds a user or password") as error:
+        repository.check_repo_id(REPO)
+    assert "s3cret" not in str(error.value)
+    assert without_passwords("no 'http://bob:s3cret@host/x' here") == "no 'http://host/x' here"
 
 
 def test_sigterm_ends_a_watch(trained, hub, tmp_path):

@@ -1,7 +1,6 @@
 """llama.cpp, unmodified, on our exports: its greedy text is ours, token by token."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -88,27 +87,17 @@ def greedy_text(gguf: Path, masks: int, length: int) -> str:
     Without its flash attention, which rounds keys and values to 16 bits.
     """
     schedule = ["--diffusion-steps", str(masks), "--diffusion-block-length", str(length), "--diffusion-algorithm", "4"]
-    command = [
-        str(CLI),
-        "-m",
-        str(gguf),
-        "-p",
-        PROMPT,
-        "-ub",
-        str(length),
-        *schedule,
-        "--temp",
-        "0",
-        "--top-k",
-        "1",
-        "-fa",
-        "off",
-    ]
-    outcome = subprocess.run(
-        [*command, "-t", "1"], capture_output=True, text=True, check=False, timeout=120, env=dict(os.environ)
-    )
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
-    return re.split(r"total time: .*\n\S+ I \n", outcome.stdout + outcome.stderr)[1].strip()
+    greedy = ["--temp", "0", "--top-k", "1", "-fa", "off", "-t", "1"]
+    command = [str(CLI), "-m", str(gguf), "-p", PROMPT, "-ub", str(length), *schedule, *greedy]
+    for _ in range(20):  # its logger may end before the text is written
+        outcome = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=120
+        )  # fmt: skip
+        assert outcome.returncode == 0, outcome.stderr[-3000:]
+        parts = re.split(r"total time: .*\n\S+ I \n", outcome.stdout + outcome.stderr)
+        if len(parts) == 2:
+            return parts[1].strip()
+    raise AssertionError("llama-diffusion-cli printed no text in 20 tries")
 
 
 @pytest.fixture(scope="module", params=["llama-appended", "llama-existing", "qwen2-existing", "llama-gpt2"])
@@ -196,12 +185,12 @@ def test_it_says_why_llama_cpp_cannot_run_others(tmp_path, base_dir):
 def test_reasons(family, changes, reason):
     config = tiny_config(family)
     if not changes:
-        assert reason in str(llama_cpp.why_not(config))
+        assert reason in str(llama_cpp.reason_unsupported(config))
         return
-    assert llama_cpp.why_not(config) is None
+    assert llama_cpp.reason_unsupported(config) is None
     for name, value in changes.items():
         setattr(config, name, value)
-    assert reason in str(llama_cpp.why_not(config))
+    assert reason in str(llama_cpp.reason_unsupported(config))
 
 
 def test_a_sentencepiece_vocabulary_without_its_file_is_refused(sentencepiece_dir, tmp_path):
