@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # two environments that shared one folder would rebuild DeepSpeed's extensions for each other
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: help setup demo test test-fast lint typecheck format bench llama-cpp gpu-check clean
+.PHONY: help setup demo test test-fast test-transformers lint typecheck format bench llama-cpp gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,15 @@ test-fast: setup ## the tests that start no training: under 90 seconds on 2 core
 
 test: lint typecheck ## lint, type check and all tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# transformers' newest and one older minor; `make test` runs with the one of constraints.txt
+TRANSFORMERS ?= 5.24.0 5.22.2
+test-transformers: setup ## what ships with a checkpoint, with transformers' newest and one older minor
+	for version in $(TRANSFORMERS); do \
+		$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/transformers-$$version transformers==$$version && \
+		PYTHONPATH=$(VENV)/transformers-$$version $(BIN)/python -m pytest -q -n 2 -p no:cacheprovider \
+			tests/pretrain/test_stock.py tests/pretrain/test_model.py tests/pretrain/decoding || exit 1; \
+	done
 
 .venv-bench/.installed: benchmarks/peers.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TALES, VOCABULARY, tiny_config
+from hub_server import hub  # noqa: F401, a fixture
 from hypothesis import settings
 from slurm_cluster import cluster  # noqa: F401, a fixture
 

@@ -74,6 +74,7 @@ def tiny_config(family: str, vocabulary: int = VOCABULARY):
     }
     return {
         "llama": lambda: LlamaConfig(**grouped, tie_word_embeddings=False),
+        "llama_padded": lambda: LlamaConfig(**{**grouped, "vocab_size": vocabulary + 7}, tie_word_embeddings=False),
         "llama_tied": lambda: LlamaConfig(**grouped, tie_word_embeddings=True),
         "qwen2": lambda: Qwen2Config(**grouped),
         "qwen3": lambda: Qwen3Config(**grouped, head_dim=16),

@@ -10,12 +10,20 @@ A commit makes a new tree, and moves its branch, at once. `hub.requests` holds (
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import http_backoff
+
+from tools import repository
 
 WRITER, READER = "hf_writerSecret0123456789", "hf_readerSecret0123456789"  # tokens of the one user there is
 SIGNATURE = "signedSecret0123456789"  # in the URLs of uploads, as of S3
@@ -329,3 +337,27 @@ class Handler(BaseHTTPRequestHandler):
         first, last = int(wanted[1]), int(wanted[2] or len(content) - 1)
         headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
         return self.answer(content[first : last + 1], 206, headers)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that this process speaks to as WRITER, without long pauses."""
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf_cache"))
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        monkeypatch.setattr(repository, "PAUSES", (0, 0))
+        monkeypatch.setitem(http_backoff.__kwdefaults__, "max_retries", 1)
+        monkeypatch.setitem(http_backoff.__kwdefaults__, "base_wait_time", 0)
+        yield server
+
+
+def environment(hub: HubServer, folder: Path, token: str | None = WRITER) -> dict[str, str]:
+    """Of another process, which reads it when it imports huggingface_hub."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder)}
+    settings |= {"OMP_NUM_THREADS": "1"} | ({"HF_TOKEN": token} if token else {})
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_TOKEN")} | settings

@@ -35,7 +35,8 @@ def load(checkpoint: str, trust_remote_code: bool = False, device: str | None = 
             kind = ", ".join(config.architectures or [config.model_type])
             raise UserError(
                 f"{checkpoint} is an autoregressive model ({kind} without a mask_token_id), which transformers' "
-                "generate() continues; expected a masked diffusion model written by `python -m tools.export`"
+                "generate() continues; expected a masked diffusion model written by `python -m tools.export`, "
+                "or one of others by `python -m tools.import_checkpoint`"
             )
         if trust_remote_code:
             model = AutoModelForMaskedLM.from_pretrained(checkpoint, trust_remote_code=True)

@@ -78,6 +78,7 @@ def convert_base() -> None:
     plain.load_state_dict(model.state_dict())
     with atomic_folder(BASE) as temporary:
         plain.save_pretrained(temporary)
+        (temporary / "README.md").write_text("---\nlicense: apache-2.0\n---\nSmolLM2-135M-Instruct\n", encoding="utf-8")
         AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(temporary)
 
 

@@ -65,3 +65,16 @@ def test_a_base_without_the_shift_is_no_autoregressive_one():
     config.diffusion = {"step": 3}  # of a version that did not write the shift: it had it
     with pytest.raises(UserError, match=r"was trained with diffusion\.shift=true"):
         adapt.check_fits(load_config(RunConfig, None, ["diffusion.shift=false"]), config, 10)
+
+
+def test_which_mask_token_a_base_gets(base_dir):
+    """A diffusion base keeps its own; a mask that an autoregressive base's tokenizer happens to have is not one."""
+    model = ModelConfig(base=str(base_dir("llama")))
+    tokenizer = adapt.load_tokenizer(model)
+    assert adapt.add_mask_token(tokenizer, model) == 384 and tokenizer.mask_token == "<|mask|>"
+    tokenizer = adapt.load_tokenizer(model)
+    tokenizer.mask_token = tokenizer.convert_ids_to_tokens(17)
+    assert adapt.add_mask_token(tokenizer, model, learnt=17) == 17 and len(tokenizer) == 384
+    assert adapt.add_mask_token(tokenizer, model, learnt=18) == 384 and tokenizer.mask_token == "<|mask|>"
+    tokenizer.mask_token = tokenizer.convert_ids_to_tokens(17)
+    assert adapt.add_mask_token(tokenizer, ModelConfig(mask_token_id=5), learnt=17) == 5

@@ -1,6 +1,7 @@
 """A checkpoint in the hands of transformers' own classes: the same logits, the same texts, no code unless asked for."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -123,12 +124,26 @@ def test_new_tokens_and_what_a_tokenizer_gives(folder):
     assert text.shape == (1, 7) and torch.equal(text[:, :3], ids) and not (text == MASK).any()
 
 
+def test_only_code_of_the_folder_that_is_trusted_runs(folder, tmp_path):
+    """Weights of one folder, decoding of another: nothing of the first is imported."""
+    trusted, other = folder("llama"), tmp_path / "other"
+    shutil.copytree(trusted, other)
+    for path in other.rglob("*.py"):
+        path.write_text("raise SystemExit('code of the wrong folder runs')")
+    ids, _ = rows(None)
+    call = {"custom_generate": str(trusted), "trust_remote_code": True, "temperature": 0, "eos_token_id": -1}
+    call["order"] = "left_to_right"
+    a, b = (stock_class(path).generate(ids, use_cache=True, pad_token_id=0, **call) for path in (other, trusted))
+    assert torch.equal(a, b) and not (a == MASK).any()
+
+
 def test_it_says_what_needs_our_class(folder, tmp_path):
     path = folder("llama")
     stock = stock_class(path)
     ids, _ = rows(None)
     call = {"custom_generate": str(path), "trust_remote_code": True}
-    for setting in ({"cache": "window", "block_length": 2}, {"verify_threshold": 0.5, "threshold": 0.4}):
+    stronger = ({"cache": "window", "block_length": 2}, {"verify_threshold": 0.5, "threshold": 0.4}, {"compile": True})
+    for setting in stronger:
         with pytest.raises(ValueError, match=r"needs AutoModel\.from_pretrained"):
             stock.generate(ids, **setting, **call)
     with pytest.raises(TypeError, match="takes no num_beams"):

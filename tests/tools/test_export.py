@@ -1,16 +1,17 @@
 """What trained is what ships: exported checkpoints against the engine that trained them."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import ROOT, launch
+from hub_server import environment
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,6 +27,7 @@ from tools.export import export
 from tools.export import main as export_main
 from tools.generate import load
 from tools.parity import fixed_batch
+from tools.repository import push
 from tools.trained import trained_weights
 
 pytestmark = pytest.mark.slow
@@ -36,7 +38,7 @@ import sys
 for name in ("common", "pretrain", "data_prep", "tools"):
     sys.modules[name] = None
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 path, ids, out = sys.argv[1:]
 ids = torch.load(ids)
 model = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
@@ -49,6 +51,11 @@ with torch.no_grad():
     changed = ids.clone(); changed[:, -1] += 1
     assert not torch.equal(model(changed).logits[:, 2], logits[:, 2]), "not bidirectional"
     assert torch.equal(logits[:, 0], logits[:, 1]) == shift
+stock = AutoModelForCausalLM.from_pretrained(path).eval()
+assert type(stock).__module__.startswith("transformers.models."), "no code of the folder"
+with torch.no_grad():
+    rows, expected = (stock(ids).logits[:, :-1], logits[:, 1:]) if shift else (stock(ids).logits, logits)
+stock_difference = (rows.float() - expected.float()).abs().max().item()
 masked = ids.clone(); masked[:, 3:9] = tokenizer.mask_token_id
 if not shift:
     masked[:, 0] = tokenizer.mask_token_id
@@ -62,7 +69,9 @@ by_default, named = (model.diffusion_generate(masked, **call, **more) for more i
 assert torch.equal(by_default.step_of, named.step_of), "generation_config.json gives the defaults"
 for more in ({"order": "random"}, {"cache": "window", "block_length": 3}, {"threshold": 0.1, "verify_threshold": 0.2}):
     assert not (model.diffusion_generate(masked, **more) == tokenizer.mask_token_id).any()
-torch.save({"logits": logits, "filled": filled}, out)
+by_stock = stock.generate(masked, custom_generate=path, trust_remote_code=True, **call).sequences
+assert not (by_stock == tokenizer.mask_token_id).any() and torch.equal(by_stock[:, 9:], ids[:, 9:])
+torch.save({"logits": logits, "filled": filled, "stock_difference": stock_difference}, out)
 model.save_pretrained(out + ".again")
 again = AutoModel.from_pretrained(out + ".again", trust_remote_code=True).eval()
 with torch.no_grad():
@@ -71,13 +80,11 @@ assert again.generation_config.order == "left_to_right"
 """
 
 
-def alone(checkpoint: Path, ids: torch.Tensor, folder: Path) -> dict[str, torch.Tensor]:
-    """What the exported model computes in a process of its own."""
+def alone(name: str, ids: torch.Tensor, folder: Path, settings: dict[str, str]) -> dict[str, Any]:
+    """What the model of that name on the Hub computes in a process of its own."""
     torch.save(ids, folder / "ids.pt")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment["HF_HOME"] = str(folder / "hf")  # where transformers keeps the remote code
-    command = [sys.executable, "-c", ALONE, str(checkpoint), str(folder / "ids.pt"), str(folder / "out.pt")]
-    outcome = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
+    command = [sys.executable, "-c", ALONE, name, str(folder / "ids.pt"), str(folder / "out.pt")]
+    outcome = subprocess.run(command, cwd=folder, env=settings, text=True, capture_output=True, check=False)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     return torch.load(folder / "out.pt")
 
@@ -99,27 +106,37 @@ def held_out_nelbo(checkpoint: Path, run_dir: Path) -> float:
     return weighted / batch.counts["maskable"]
 
 
+# base, ZeRO stage, dtype, shift, an existing id as the mask
 TRAINED = [
-    ("llama", 3, "fp32", True),
-    ("llama_tied", 3, "bf16", True),
-    ("gpt2", 2, "fp32", True),
-    ("mistral", 1, "bf16", False),
-    ("qwen3", 0, "fp32", True),
+    ("llama", 3, "fp32", True, None),
+    ("llama_tied", 3, "bf16", True, None),
+    ("llama_padded", 1, "fp32", True, None),  # the mask has a row already; 391 rows are no multiple of anything
+    ("gpt2", 2, "fp32", True, None),
+    ("mistral", 1, "bf16", False, None),
+    ("mistral", 2, "fp32", True, 17),
+    ("qwen3", 0, "fp32", True, 17),
 ]
 
 
-@pytest.fixture(scope="module", params=TRAINED, ids=lambda p: f"{p[0]}-zero{p[1]}-{p[2]}{'' if p[3] else '-no_shift'}")
+def name_of(case: tuple) -> str:
+    family, stage, dtype, shift, mask = case
+    return f"{family}-zero{stage}-{dtype}{'' if shift else '-no_shift'}{'' if mask is None else '-existing_mask'}"
+
+
+@pytest.fixture(scope="module", params=TRAINED, ids=name_of)
 def trained(request, tiny_run):
-    family, stage, dtype, shift = request.param
-    settings = {"train.steps": 2, "model.dtype": dtype, "diffusion.shift": str(shift).lower()}
-    arguments, folder = tiny_run(f"export_{family}", family, stage=stage, **settings)
+    family, stage, dtype, shift, mask = request.param
+    settings = {"train.steps": 3, "model.dtype": dtype, "diffusion.shift": str(shift).lower()}
+    settings |= {} if mask is None else {"model.mask_token_id": mask}
+    arguments, folder = tiny_run(f"export_{name_of(request.param)}", family, stage=stage, **settings)
     outcome = launch(2, arguments)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     return arguments, folder
 
 
-def test_the_exported_model_is_the_trained_one(trained, tmp_path):
-    """Its logits, to the bit, in a process that cannot import this project; its held-out loss, the run's."""
+def test_the_exported_model_is_the_trained_one(trained, hub, tmp_path):
+    """Pushed, and pulled by a process that cannot import this project: its logits, to the bit; by transformers' own
+    class, nearly; its held-out loss, the run's."""
     arguments, folder = trained
     ids = torch.randint(0, 384, (3, 32), generator=torch.Generator().manual_seed(5))
     torch.save(ids, tmp_path / "ids.pt")
@@ -128,7 +145,9 @@ def test_the_exported_model_is_the_trained_one(trained, tmp_path):
     assert outcome.returncode == 0, outcome.stderr[-3000:]
 
     exported = export(folder, tmp_path / "exported")
-    out = alone(exported, ids, tmp_path)
+    push(exported, "team/model")
+    out = alone("team/model", ids, tmp_path, environment(hub, tmp_path / "hf"))
+    assert out["stock_difference"] < (1e-4 if out["logits"].dtype == torch.float32 else 0.1)
     assert torch.equal(out["logits"], torch.load(tmp_path / "trained.pt"))
     # in bf16 a row alone and in a batch round differently
     tolerance = 1e-5 if out["logits"].dtype == torch.float32 else 0.03
@@ -144,10 +163,11 @@ def test_parameter_names_are_the_base_architectures(trained, tmp_path):
     assert type(stock).__module__.startswith("transformers.")
     config = json.loads((exported / "config.json").read_text())
     shift = load_config(RunConfig, folder / "config.yaml").diffusion.shift
-    assert config["mask_token_id"] == 384 and config["diffusion"]["shift"] is shift
-    assert config["diffusion"]["step"] == 2 and set(config["auto_map"]) == {"AutoModel", "AutoModelForMaskedLM"}
+    mask = load_config(RunConfig, folder / "config.yaml").model.mask_token_id
+    assert config["mask_token_id"] == (384 if mask is None else mask) and config["diffusion"]["shift"] is shift
+    assert config["diffusion"]["step"] == 3 and set(config["auto_map"]) == {"AutoModel", "AutoModelForMaskedLM"}
     card = (exported / "README.md").read_text()
-    assert "library_name: transformers" in card and "| 2 |" in card and "2 steps, 512 tokens" in card
+    assert "library_name: transformers" in card and "| 3 |" in card and "3 steps, 768 tokens" in card
     assert ("there is no shift" in card) is not shift
     assert not list(exported.glob("*.bin")) and list(exported.glob("*.safetensors"))
 

@@ -5,7 +5,6 @@ import fcntl
 import json
 import logging
 import multiprocessing
-import os
 import shutil
 import signal
 import subprocess
@@ -20,10 +19,9 @@ from pathlib import Path
 import httpx2
 import pytest
 from helpers import ROOT, digest, error_lines, launch, wait_for
-from hub_server import READER, SIGNATURE, WRITER, HubServer
+from hub_server import READER, SIGNATURE, WRITER, HubServer, environment
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import http_backoff
 
 from common.errors import UserError, without_passwords
 from tools import hub_watch, repository
@@ -56,30 +54,6 @@ for revision, folder in zip(pairs[::2], pairs[1::2]):
     tokenizer = AutoTokenizer.from_pretrained(repo_id, revision=revision)
     assert tokenizer.mask_token_id == here.config.mask_token_id
 """
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub that this process speaks to as WRITER, without long pauses."""
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf_cache"))
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        monkeypatch.setattr(repository, "PAUSES", (0, 0))
-        monkeypatch.setitem(http_backoff.__kwdefaults__, "max_retries", 1)
-        monkeypatch.setitem(http_backoff.__kwdefaults__, "base_wait_time", 0)
-        yield server
-
-
-def environment(hub: HubServer, folder: Path, token: str | None = WRITER) -> dict[str, str]:
-    """Of another process, which reads it when it imports huggingface_hub."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder)}
-    settings |= {"OMP_NUM_THREADS": "1"} | ({"HF_TOKEN": token} if token else {})
-    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_TOKEN")} | settings
 
 
 def model(folder: Path, step: int, shards: int = 1) -> Path:
