@@ -555,6 +555,15 @@ def test_what_is_not_lora_alone_is_refused(written, tmp_path):
         ({}, pair | {f"{at}magnitude_vector": torch.ones(2)}, "first base_model.model.model.layers.0"),
         ({}, norm, r"for model\.norm\.weight have shapes \(4, 32\) and \(32, 4\), expected \(4,\) and \(32, 4\)"),
         ({}, {"model.embed_tokens.weight": torch.ones(2, 2)}, r"of shape \(2, 2\), expected \(384, 32\)"),
+        ({"alpha_pattern": {"q_proj": 8}}, pair, "alpha_pattern="),
+        ({"lora_alpha": float("nan")}, pair, "lora_alpha=nan, expected a number above 0"),
+        ({"fan_in_fan_out": True}, pair, "fan_in_fan_out=True, expected False for this base"),
+        ({}, {name: tensor.to(torch.int8) for name, tensor in pair.items()}, "no floats of 16 to 64 bits"),
+        (
+            {},
+            pair | {f"{at}A.default.weight": torch.ones(4, WIDTH)},
+            "lora_A for model.layers.0.self_attn.q_proj twice",
+        ),
     ]
     for i, (changes, tensors, message) in enumerate(cases):
         gsm = adapter(tmp_path / str(i), tensors, **changes)
@@ -671,6 +680,48 @@ def test_masks_and_tokenizers_that_do_not_fit(written, tmp_path, tokenizer_dir, 
 
 
 # Published sizes
+
+
+def test_the_published_masks():
+    """By the rows of the embeddings: what the authors of each say."""
+    published = {name: layout.masks for name, layout in layouts.LAYOUTS.items()}
+    assert published["diffugpt"] == {50257: 10541, 50258: 50257} and published["diffullama"] == {32000: 811}
+    assert set(published["dream"].values()) == {151666} and published["a2d"] == {}
+    shifts = {name: layout.shift for name, layout in layouts.LAYOUTS.items()}
+    assert shifts == {"diffugpt": True, "diffullama": True, "dream": True, "a2d": None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "holds a list, expected an object"),
+        ("{", "is no JSON"),
+        ({"n_head": 0}, "describes no gpt2 model"),
+        ({"n_head": 5}, "describes no gpt2 model"),
+        ({"activation_function": "nonesuch"}, "describes no gpt2 model"),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_is_one_line(content, message, written, tmp_path):
+    _, folder = written("diffugpt")
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads((folder / "config.json").read_text()), **content})
+    (other / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        import_checkpoint(other, tmp_path / "out", mask_token_id=MASK)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_another_models_tokenizer_is_refused(written, tmp_path, tokenizer_dir):
+    _, folder = written("diffugpt")
+    small = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    kept = dict(list(small["model"]["vocab"].items())[:300])
+    small["model"] |= {"vocab": kept, "merges": []}
+    other = Path(shutil.copytree(tokenizer_dir, tmp_path / "tokenizer"))
+    (other / "tokenizer.json").write_text(json.dumps(small))
+    with pytest.raises(UserError, match="300 tokens for 384 rows of the embedding, which is another model's"):
+        import_checkpoint(folder, tmp_path / "out", tokenizer=other, mask_token_id=17)
 
 
 def test_diffugpt_s_is_gpt2_small():
