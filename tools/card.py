@@ -61,7 +61,8 @@ def model_card(run: RunFolder, model: PreTrainedModel, about: dict, target: str,
         columns = {"val_nelbo": "NELBO", "val_masked_ce": "masked CE"}
         facts |= {"nats": DIFFUSION_NATS, "table": _table(run.metrics, columns)}
         intro = CAUSAL_AGAIN_INTRO if target == "autoregressive" else DIFFUSION_INTRO
-        data["tags"] = [] if target == "autoregressive" else ["diffusion", "masked-diffusion", "text-diffusion"]
+        if target != "autoregressive":
+            data |= {"pipeline_tag": "fill-mask", "tags": ["diffusion", "masked-diffusion", "text-diffusion"]}
     return f"---\n{ModelCardData(**data).to_yaml()}\n---\n{(intro + CARD).format(**facts)}"
 
 

@@ -110,7 +110,8 @@ def export(
         if target == "llama.cpp":
             llama_cpp.write_description(folder, model.config, tokenizer, sentencepiece)
         else:
-            describe_for_transformers(folder, model, tokenizer, base_generation(run.config.model))
+            causal = not isinstance(model, DiffusionModel)
+            describe_for_transformers(folder, model, tokenizer, base_generation(run.config.model) if causal else None)
         write_card(folder, run, model, about, target)
         shipped = model.config if target == "llama.cpp" else AutoConfig.from_pretrained(folder)
         check_parity(folder, shipped, trained, config, type(model))

@@ -392,6 +392,7 @@ def test_the_card_says_how_it_was_made(small_run, tmp_path, base_dir, monkeypatc
     said = card.data.to_dict()
     assert (said["license"], said["license_name"], said["license_link"]) == ("other", "mine", "LICENSE.txt")
     assert "base_model" not in said and said["library_name"] == "transformers" and "diffusion" in said["tags"]
+    assert said["pipeline_tag"] == "fill-mask"
     assert "| piqa | 0.5 |" in card.text and "{accuracy}" in card.text
     assert "| short | 3 |" in card.text and "| long | 1 |" in card.text, "the corpus"
     assert (
