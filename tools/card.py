@@ -16,6 +16,7 @@ from pretrain.model.stock import BIDIRECTIONAL
 
 from .figures import draw_runs
 from .run_folder import RunFolder
+from .shipping import FILL_A_GAP
 
 EVALUATION = "evaluation.md"  # in RUN_DIR: a table that the card takes in
 
@@ -157,22 +158,13 @@ UNKNOWN_LICENCE = "That of the base model and of the training data."
 SHIFTED = "the shift from the autoregressive model is done inside."
 NOT_SHIFTED = "hidden state i gives them: there is no shift, and the first token may be a mask too."
 
-TRANSFORMERS = """
-```python
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModel.from_pretrained(path, trust_remote_code=True)
-text = "Once upon a time there was a" + tokenizer.mask_token * 6 + " who lived in a castle."
-ids = tokenizer(text, return_tensors="pt").input_ids
-print(tokenizer.decode(model.diffusion_generate(ids, temperature=0)[0]))
-```
-
+TRANSFORMERS = f"""
+{FILL_A_GAP}
 `generation_config.json` holds the defaults: one token a step, from left to right. `order` (also entropy, confidence,
 random), `block_length`, `threshold`, `entropy_bound`, `cache="window"`, `streamer` and others are in the docstring.
 
-`forward(input_ids).logits[:, i]` predict token i; {reads}
-{stock}"""
+`forward(input_ids).logits[:, i]` predict token i; {{reads}}
+{{stock}}"""
 
 STOCK = """
 ### Without remote code

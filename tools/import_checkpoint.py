@@ -31,7 +31,7 @@ from pretrain.model.modeling_diffullama import diffusion_class
 
 from . import layouts, lora
 from .layouts import LAYOUTS, Layout
-from .shipping import check_free, write_folder
+from .shipping import FILL_A_GAP, check_free, write_folder
 from .source_folder import read_json, source_folder
 from .source_tokenizer import find_mask, has_tokenizer, load_tokenizer, start_token_id
 from .weights import (
@@ -234,7 +234,7 @@ def import_card(source: Path | str, checkpoint: Checkpoint) -> str:
     facts = {key: text.replace("|", "\\|") for key, text in checkpoint.summary.items() if key != "source"}
     table = "\n".join(f"| {key} | {text} |" for key, text in facts.items())
     licence = f"`{stated['license']}`, as the source's card states." if "license" in stated else "That of the source."
-    return "\n".join(["---", *front, "---", CARD.format(name=name, table=table, licence=licence)])
+    return "\n".join(["---", *front, "---", CARD.format(name=name, table=table, use=FILL_A_GAP, licence=licence)])
 
 
 CARD = """
@@ -247,16 +247,7 @@ architecture. Nothing was trained.
 | --- | --- |
 {table}
 
-```python
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModel.from_pretrained(path, trust_remote_code=True)
-text = "Once upon a time there was a" + tokenizer.mask_token * 6 + " who lived in a castle."
-ids = tokenizer(text, return_tensors="pt").input_ids
-print(tokenizer.decode(model.diffusion_generate(ids, temperature=0)[0]))
-```
-
+{use}
 ## Licence
 
 {licence}

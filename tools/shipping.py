@@ -17,6 +17,18 @@ from .weights import MAX_SHARD_SIZE, Weight, matched_weights, save_weights, spli
 
 DECODING = {"order": "left_to_right", "temperature": 1.0}  # one token a step is exact; see docs/decoding.md
 
+# of a model card: how to ask a diffusion model
+FILL_A_GAP = """```python
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModel.from_pretrained(path, trust_remote_code=True)
+text = "Once upon a time there was a" + tokenizer.mask_token * 6 + " who lived in a castle."
+ids = tokenizer(text, return_tensors="pt").input_ids
+print(tokenizer.decode(model.diffusion_generate(ids, temperature=0)[0]))
+```
+"""
+
 
 def check_free(out_dir: Path) -> None:
     """Raise UserError for a folder that holds something."""

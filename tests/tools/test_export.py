@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from held_out import held_out_nelbo
 from helpers import ROOT, launch
 from hub_server import environment
 from huggingface_hub import ModelCard
@@ -19,10 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.config import load_config
 from common.errors import UserError
 from pretrain.config import RunConfig
-from pretrain.data import TrainData
-from pretrain.objectives import make_objective
 from pretrain.runtime.metrics import read_metrics
-from pretrain.step import read_rows
 from tools.export import export
 from tools.export import main as export_main
 from tools.generate import load
@@ -87,23 +85,6 @@ def alone(name: str, ids: torch.Tensor, folder: Path, settings: dict[str, str]) 
     outcome = subprocess.run(command, cwd=folder, env=settings, text=True, capture_output=True, check=False)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     return torch.load(folder / "out.pt")
-
-
-@torch.no_grad()
-def held_out_nelbo(checkpoint: Path, run_dir: Path) -> float:
-    """The NELBO of an exported model on the run's validation rows and noise, from its logits."""
-    model, _ = load(str(checkpoint), device="cpu")
-    config = load_config(RunConfig, run_dir / "config.yaml")
-    places = TrainData(config.data.path, config.train.seed).held_out(config.validation.rows)
-    rows = read_rows([(source, row) for source, row, *_ in places], [i for *_, i, _ in places], isolated=False)
-    rows.totals = [total for *_, total in places]
-    batch = next(make_objective(config, model.config.mask_token_id).held_out(rows, base=False)).batch
-    weighted = 0.0
-    for ids, labels, t in zip(batch.tensors["input_ids"], batch.tensors["labels"], batch.tensors["t"].tolist()):
-        chosen = labels != -100
-        scores = model(ids[None]).logits[0].double().log_softmax(-1)
-        weighted -= scores[chosen].gather(1, labels[chosen, None]).sum().item() / t
-    return weighted / batch.counts["maskable"]
 
 
 # base, ZeRO stage, dtype, shift, an existing id as the mask
