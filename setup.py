@@ -46,8 +46,11 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.6", "liger-kernel"],
         "fast": ["gigatoken-cachefix"],
+        "eval": ["lm_eval>=0.4.13", "rouge_score"],
         "dev": [
             "gigatoken-cachefix",
+            "lm_eval>=0.4.13",
+            "rouge_score",
             "datasets",  # an independent reader of our shards, in tests and benchmarks
             "pillow",
             "gradio",

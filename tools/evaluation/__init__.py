@@ -1,0 +1,1 @@
+"""How good a model is: likelihoods, tasks over lm-evaluation-harness, generated code in a sandbox."""
