@@ -75,16 +75,24 @@ def encode(text: str, tokenizer: Any, mask_token_id: int, start_token_id: int | 
     """
     parts = GAP.split(text)  # text, n, text, n, ..., text
     gap_lengths(text)
+    numbered = [int(part) if i % 2 else part for i, part in enumerate(parts)]
+    return encode_parts(numbered, tokenizer, mask_token_id, start_token_id, shift)
+
+
+def encode_parts(
+    parts: Sequence[str | int], tokenizer: Any, mask_token_id: int, start_token_id: int | None, shift: bool = True
+) -> list[int]:
+    """As `encode`, of texts and, for a gap, its number of tokens."""
     ids: list[int] = []
-    for i, part in enumerate(parts):
-        if i % 2:
-            ids += [mask_token_id] * int(part)
+    for part in parts:
+        if isinstance(part, int):
+            ids += [mask_token_id] * part
         elif part and not ids:
             ids += tokenizer(part, split_special_tokens=True)["input_ids"]
             if len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
                 ids.pop()  # a tokenizer that ends texts by itself
         elif part:
-            ids += _continuation(part, tokenizer)
+            ids += continuation(part, tokenizer)
     if shift and (not ids or ids[0] == mask_token_id):
         if start_token_id is None:
             raise UserError("the text begins with a gap, and the checkpoint names no start token; begin with a word")
@@ -92,7 +100,7 @@ def encode(text: str, tokenizer: Any, mask_token_id: int, start_token_id: int | 
     return ids
 
 
-def _continuation(text: str, tokenizer: Any) -> list[int]:
+def continuation(text: str, tokenizer: Any) -> list[int]:
     """Ids of text in the middle: sentencepiece tokenizers put a space before a text on its own."""
     plain = {"add_special_tokens": False, "split_special_tokens": True}
     before = tokenizer("\n", **plain)["input_ids"]

@@ -1,0 +1,188 @@
+"""What lm-evaluation-harness asks, answered by any of our models: remembered, in batches of like length, on ranks.
+
+In: lm-eval's requests. Out: its answers, each also appended to OUT/answers/ with what the harness has no place for
+(standard errors, numbers of tokens), so that a stopped evaluation goes on where it was.
+"""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from tqdm import tqdm
+
+from common.errors import UserError
+
+from .likelihood import Score
+
+FAULTY = "_paper"  # how the names of tasks end that are scored as the authors' scripts do
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request in our words."""
+
+    context: str
+    continuation: str = ""  # to be scored
+    faulty: bool = False  # as the authors' scripts do
+    max_tokens: int | None = None  # to be written
+    until: tuple[str, ...] = ()  # ends a text
+    temperature: float = 0.0
+    suffix: str | None = None  # of a gap: what follows it
+    middle: str | None = None  # … and what stood there: its number of tokens is given
+    number: int = 0  # of this text among the same requests
+
+    @property
+    def key(self) -> str:
+        """The same for the same request, whoever asks."""
+        return hashlib.sha256(json.dumps(asdict(self), ensure_ascii=False).encode()).hexdigest()[:24]
+
+
+class Answers:
+    """OUT/answers/rank*.jsonl: a line {"key", "answer"} for each request that has been answered, by any rank."""
+
+    def __init__(self, folder: Path, rank: int = 0):
+        self.folder, self.rank = folder, rank
+        folder.mkdir(parents=True, exist_ok=True)
+        self.known = self._read()
+        self._file = open(folder / f"rank{rank}.jsonl", "ab", buffering=0)  # noqa: SIM115 (closed with the process)
+
+    def _read(self) -> dict[str, Any]:
+        found = {}
+        for path in sorted(self.folder.glob("rank*.jsonl")):
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]  # a last line without its end was cut off by a kill
+            if len(whole) < len(content) and path.name == f"rank{self.rank}.jsonl":
+                path.write_bytes(whole)
+            for number, line in enumerate(whole.splitlines(), start=1):
+                try:
+                    record = json.loads(line)
+                    found[record["key"]] = record["answer"]
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f"{path}:{number} is damaged; remove that line, and it is computed again") from None
+        return found
+
+    def add(self, answers: dict[str, Any]) -> None:
+        """Append answers by key."""
+        lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
+        self._file.write("".join(lines).encode())
+        self.known |= answers
+
+    def reload(self) -> None:
+        """Read again what all ranks have written."""
+        self.known = self._read()
+
+
+class Evaluated(TemplateLM):
+    """A model that lm-eval can ask. Subclasses score and write a batch; what a request is worth is its `rows`."""
+
+    kind: str  # "masked_diffusion" or "autoregressive"
+
+    def __init__(self, answers: Answers, batch_size: int, device: torch.device, progress: bool = True):
+        super().__init__()
+        self.answers, self.batch_rows, self.progress = answers, batch_size, progress
+        self.truncated: set[str] = set()  # keys of requests whose context did not fit
+        self._device = device
+        if dist.is_initialized():
+            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+
+    @abstractmethod
+    def score(self, asked: Sequence[Asked]) -> list[Score]:
+        """The likelihood of each continuation."""
+
+    @abstractmethod
+    def write(self, asked: Sequence[Asked]) -> list[str]:
+        """A text for each, until one of `until` or `max_tokens`."""
+
+    @abstractmethod
+    def size(self, asked: Asked) -> tuple[int, int]:
+        """(tokens of the longest row, rows that a model reads)."""
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """lm-eval's: (log-likelihood in nats, whether greedy decoding gives the continuation)."""
+        asked = [Asked(*r.args, faulty=_is_faulty(r)) for r in requests]
+        found = self._answered(asked, self.score, "likelihoods")
+        return [(Score(**a).value, Score(**a).is_greedy) for a in found]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """lm-eval's: a text for each request. A document with `infill` asks for what stands in its gap."""
+        asked, numbers = [], Counter()
+        for r in requests:
+            one = self._to_write(r)
+            asked.append(replace(one, number=numbers[one] if one.temperature else 0))
+            numbers[one] += 1
+        return self._answered(asked, self.write, "texts")
+
+    def _to_write(self, request: Instance) -> Asked:
+        context, how = request.args
+        gap = request.doc.get("infill") if isinstance(request.doc, dict) else None
+        until = how.get("until") or ()
+        return Asked(
+            context if gap is None else gap["prefix"],
+            faulty=_is_faulty(request),
+            max_tokens=how.get("max_gen_toks"),
+            until=(until,) if isinstance(until, str) else tuple(until),
+            temperature=float(how.get("temperature") or 0.0) if how.get("do_sample", True) else 0.0,
+            suffix=None if gap is None else gap["suffix"],
+            middle=None if gap is None else gap["middle"],
+        )
+
+    def _answered(self, asked: list[Asked], answer: Any, what: str) -> list[Any]:
+        """The answers in the order of the requests; new ones are computed a batch at a time, long ones first."""
+        missing = list({a.key: a for a in asked if a.key not in self.answers.known}.values())
+        sizes = {a.key: self.size(a) for a in missing}
+        missing.sort(key=lambda a: sizes[a.key], reverse=True)
+        known = len(asked) - len(missing)
+        rows = sum(rows for _, rows in sizes.values())
+        shown = self.progress and self._rank == 0
+        label = f"{what}, {known} of {len(asked)} known" if known else what
+        with tqdm(total=rows, desc=label, unit="row", disable=not shown, dynamic_ncols=True) as bar:
+            for batch in batches(missing, [sizes[a.key][1] for a in missing], self.batch_rows):
+                found = answer(batch)
+                plain = [asdict(a) if isinstance(a, Score) else a for a in found]
+                self.answers.add({a.key: one for a, one in zip(batch, plain, strict=True)})
+                bar.update(sum(sizes[a.key][1] for a in batch))
+        return [self.answers.known[a.key] for a in asked]
+
+    # what lm-eval asks of a model on several ranks
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(world size, …)."""
+        found = [torch.zeros_like(tensor) for _ in range(self._world_size)]
+        dist.all_gather(found, tensor)
+        return torch.stack(found)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """The objects of all ranks, on rank `dst`."""
+        found: list[Any] | None = [None] * self._world_size if self._rank == dst else None
+        dist.gather_object(obj, found, dst=dst)
+        return found
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+
+def _is_faulty(request: Instance) -> bool:
+    return (request.task_name or "").endswith(FAULTY)
+
+
+def batches(items: Sequence[Asked], rows: Sequence[int], most: int) -> Iterator[list[Asked]]:
+    """Neighbours together, as long as their rows are no more than `most`; one alone may have more."""
+    batch: list[Asked] = []
+    held = 0
+    for item, count in zip(items, rows, strict=True):
+        if batch and held + count > most:
+            yield batch
+            batch, held = [], 0
+        batch.append(item)
+        held += count
+    if batch:
+        yield batch

@@ -1,0 +1,373 @@
+"""The two kinds of models that the harness asks: masked diffusion ones, and autoregressive ones through lm-eval's hf.
+
+Likelihoods of a diffusion model are estimated with the target masked and the context given; its texts are decoded
+from masks. In a gap it sees both sides, while an autoregressive model continues what stands before it.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from common.errors import UserError
+from pretrain.model.generation import start_token
+from pretrain.model.reading import uses_shift
+from pretrain.model.settings import SamplingSettings
+
+from ..decoding import continuation as tokens_of
+from ..decoding import encode_parts
+from .harness import Answers, Asked, Evaluated
+from .likelihood import Score, draw, estimate, random_for
+
+PAPER_STEPS = 32  # the authors' T
+GENERATED = 256  # tokens where a task names no number; lm-eval's default
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How a diffusion model's likelihoods are estimated."""
+
+    name: str
+    draws: int
+    seed: int = 0
+
+
+@dataclass
+class Row:
+    """One reading of a sequence: which of its tokens are masked, and whose draw it is."""
+
+    ids: list[int]
+    masked: np.ndarray  # (tokens,) bool
+    owner: tuple[int, int]  # request, draw
+
+
+class DiffusionLM(Evaluated):
+    """A masked diffusion model with `diffusion_generate`, as lm-eval's TemplateLM."""
+
+    kind = "masked_diffusion"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        answers: Answers,
+        likelihood: Likelihood,
+        settings: SamplingSettings,
+        batch_size: int = 32,
+        progress: bool = True,
+    ):
+        super().__init__(answers, batch_size, model.device, progress)
+        self.model, self.tokenizer, self.likelihood, self.settings = model, tokenizer, likelihood, settings
+        self.mask_token_id: int = model.config.mask_token_id
+        self.max_length: int = getattr(model.config, "max_position_embeddings", None) or 2048
+        self.paper_temperature = 0.9 if model.config.model_type == "llama" else 0.95
+
+    @property
+    def eot_token_id(self) -> int:
+        token = self.tokenizer.eos_token_id
+        return start_token(self.model.config) if token is None else token
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context."""
+        return start_token(self.model.config)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids as the tokenizer gives them, without an end-of-text token that it may append."""
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        ids = self.tokenizer(string, **special)["input_ids"]
+        if len(ids) > 1 and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
+            ids = ids[:-1]
+        return ids
+
+    def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
+        scores = self._score_tokens([(c, t) for _, c, t in requests], self.likelihood, 1.0)
+        return [(s.value, s.is_greedy) for s in scores]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows of as many tokens as the model takes."""
+        found = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length - 1,
+                context_len=1,
+            )
+            pairs = [make_disjoint_window(window) for window in windows]
+            found.append(sum(s.value for s in self._score_tokens(pairs, self.likelihood, 1.0)))
+        return found
+
+    def score(self, asked: Sequence[Asked]) -> list[Score]:
+        found: dict[str, Score] = {}
+        as_authors = replace(self.likelihood, name="paper", draws=PAPER_STEPS)
+        for likelihood, faulty in ((self.likelihood, False), (as_authors, True)):
+            part = [a for a in asked if a.faulty == faulty]
+            temperature = self.paper_temperature if likelihood.name == "paper" else 1.0
+            scores = self._score_tokens([self._fitted(a) for a in part], likelihood, temperature)
+            found |= {a.key: s for a, s in zip(part, scores, strict=True)}
+        return [found[a.key] for a in asked]
+
+    def size(self, asked: Asked) -> tuple[int, int]:
+        if asked.max_tokens is not None or asked.middle is not None:
+            return len(asked.context) + len(asked.suffix or ""), 1
+        context, target = self._fitted(asked)
+        short = self.likelihood.name in ("nelbo", "mask_count") and not asked.faulty
+        draws = PAPER_STEPS if asked.faulty else self.likelihood.draws
+        return len(context) + len(target), min(draws, 2 ** len(target) - 1) if short else draws
+
+    def _fitted(self, asked: Asked) -> tuple[list[int], list[int]]:
+        """(context, target) ids; a context too long loses its beginning. Raises UserError for a target too long."""
+        context, target = encode_pair(self, asked.context, asked.continuation)
+        room = self.max_length - len(target) - 1  # 1: an end-of-text token after it
+        if room < 1:
+            raise UserError(f"{len(target)} tokens are to be scored, but the model takes {self.max_length}")
+        if len(context) > room:
+            self.truncated.add(asked.key)
+        return context[-room:], target
+
+    def _score_tokens(
+        self, pairs: Sequence[tuple[list[int], list[int]]], likelihood: Likelihood, temperature: float
+    ) -> list[Score]:
+        """The scores of targets after their contexts."""
+        tail = [self.eot_token_id] if likelihood.name == "dream" else []
+        all_draws = [
+            draw(likelihood.name, len(t), likelihood.draws, random_for(likelihood.seed, t)) for _, t in pairs
+        ]  # fmt: skip
+        rows = []
+        for i, ((context, target), draws) in enumerate(zip(pairs, all_draws)):
+            given = np.zeros(len(context), bool), np.zeros(len(tail), bool)
+            for k in draws.masked.any(axis=1).nonzero()[0]:
+                masked = np.concatenate([given[0], draws.masked[k], given[1]])
+                rows.append(Row(context + target + tail, masked, (i, int(k))))
+        ce = [np.zeros(len(draws.weights)) for draws in all_draws]
+        for row, loss in zip(rows, self._cross_entropies(rows, temperature), strict=True):
+            ce[row.owner[0]][row.owner[1]] = loss
+        greedy = self._greedy_gives(pairs)
+        scores = []
+        for (_, target), draws, losses, same in zip(pairs, all_draws, ce, greedy):
+            bound, error = estimate(draws, losses)
+            scores.append(Score(-bound, error, len(target), same))
+        return scores
+
+    @torch.no_grad()
+    def _cross_entropies(self, rows: Sequence[Row], temperature: float) -> list[float]:
+        """Of each row: the cross-entropy in nats, summed over its masked tokens."""
+        found = [0.0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+        for begin in range(0, len(order), self.batch_rows):
+            part = order[begin : begin + self.batch_rows]
+            width = len(rows[part[0]].ids)
+            ids = torch.zeros(len(part), width, dtype=torch.long)
+            masked, real = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+            for place, i in enumerate(part):
+                length = len(rows[i].ids)
+                ids[place, :length] = torch.tensor(rows[i].ids)
+                masked[place, :length] = torch.from_numpy(rows[i].masked)
+                real[place, :length] = True
+            targets = ids[masked].to(self.device)
+            inputs = ids.masked_fill(masked, self.mask_token_id).to(self.device)
+            extra = {} if bool(real.all()) else {"attention_mask": real.to(self.device)}
+            logits = self.model(input_ids=inputs, logits_at=masked.to(self.device), **extra).logits
+            losses = torch.nn.functional.cross_entropy(logits.float() / temperature, targets, reduction="none")
+            sums = torch.zeros(len(part), dtype=torch.float64, device=losses.device)
+            sums.index_add_(0, masked.nonzero()[:, 0].to(losses.device), losses.double())
+            for i, loss in zip(part, sums.tolist()):
+                found[i] = loss
+        return found
+
+    def _greedy_gives(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
+        """Whether unmasking a target's tokens greedily, all of them masked at first, gives just these.
+
+        In the order and by the rule of `settings`. A batch ends when none of its rows has been right so far.
+        """
+        greedy = replace(self.settings, temperature=0.0, repetition_penalty=None, remasking=0.0, compile=False)
+        found: list[bool] = []
+        for begin in range(0, len(pairs), self.batch_rows):
+            part = pairs[begin : begin + self.batch_rows]
+            wanted, real = _padded_left([c + t for c, t in part])
+            hidden, _ = _padded_left([[0] * len(c) + [1] * len(t) for c, t in part])
+            at = hidden.bool() & real.bool()
+            asked = wanted.masked_fill(at, self.mask_token_id)
+            right = torch.ones(len(part), dtype=torch.bool)
+            arguments = {"attention_mask": real.to(self.device), "eos_token_id": -1, **vars(greedy)}
+            for state in self.model.diffusion_states(asked.to(self.device), **arguments):
+                ids, masked = state.ids.cpu(), state.masked.cpu()
+                right &= ((ids == wanted) | masked | ~at).all(dim=1)
+                if not right.any():
+                    break
+            found += right.tolist()
+        return found
+
+    def write(self, asked: Sequence[Asked]) -> list[str]:
+        found: dict[str, str] = {}
+
+        def alike(a: Asked) -> tuple[float, bool]:
+            return a.temperature, a.faulty
+
+        for (temperature, faulty), part in groupby(sorted(asked, key=alike), key=alike):
+            settings = replace(self.settings, temperature=temperature)
+            if faulty:
+                settings = SamplingSettings(order="confidence", steps=PAPER_STEPS, temperature=temperature)
+            group = list(part)
+            for one, text in zip(group, self._decoded(group, settings), strict=True):
+                found[one.key] = text
+        return [found[a.key] for a in asked]
+
+    def _decoded(self, asked: Sequence[Asked], settings: SamplingSettings) -> list[str]:
+        """The texts of requests that share their settings."""
+        gaps = [self._with_masks(a) for a in asked]
+        ids, real = _padded_left([g[0] for g in gaps])
+        width = ids.shape[1]
+        out = self.model.diffusion_generate(
+            ids.to(self.device),
+            attention_mask=real.to(self.device),
+            generator=[self._generator(a) for a in asked],
+            **vars(settings),
+        ).cpu()
+        texts = []
+        for a, (row_ids, begin, count), row in zip(asked, gaps, out):
+            first = width - len(row_ids) + begin
+            texts.append(cut(self._text(row[first : first + count].tolist()), a.until))
+        return texts
+
+    def _with_masks(self, asked: Asked) -> tuple[list[int], int, int]:
+        """(ids with masks, where they begin, how many): after the context, or in the gap as many as stood there.
+
+        What does not fit is left out at the ends far from the masks.
+        """
+        shift = uses_shift(self.model.config)
+        if asked.middle is None:
+            count = asked.max_tokens or GENERATED
+            before, after = self.tok_encode(asked.context) or [self.prefix_token_id], []
+        else:
+            count = max(1, len(tokens_of(asked.middle, self.tokenizer)))
+            start = self.prefix_token_id if shift else None
+            parts = encode_parts(
+                [asked.context, count, asked.suffix or ""], self.tokenizer, self.mask_token_id, start, shift
+            )
+            after = tokens_of(asked.suffix, self.tokenizer) if asked.suffix else []
+            before = parts[: len(parts) - count - len(after)]
+        room = self.max_length - count
+        if room < 1:
+            raise UserError(f"{count} tokens are to be written, but the model takes {self.max_length}")
+        if len(before) + len(after) > room:
+            self.truncated.add(asked.key)
+            after = after[: max(room // 2, room - len(before))]
+            before = before[-(room - len(after)) :]
+        return [*before, *[self.mask_token_id] * count, *after], len(before), count
+
+    def _text(self, ids: list[int]) -> str:
+        """The text of tokens in the middle; sentencepiece would drop the space before a first word."""
+        anchor = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        plain: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(anchor + ids, **plain)[len(self.tokenizer.decode(anchor, **plain)) :]
+
+    def _generator(self, asked: Asked) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_of(asked, self.likelihood.seed))
+
+
+class AutoregressiveLM(Evaluated):
+    """A causal model of transformers, asked through lm-eval's own `hf`."""
+
+    kind = "autoregressive"
+
+    def __init__(
+        self, model: Any, tokenizer: Any, answers: Answers, seed: int = 0, batch_size: int = 32, progress: bool = True
+    ):
+        super().__init__(answers, batch_size, model.device, progress)
+        self.hf = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self.tokenizer, self.seed = tokenizer, seed
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.hf.eot_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.hf.prefix_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.hf.tok_encode(string, add_special_tokens=add_special_tokens)
+
+    def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
+        return self.hf._loglikelihood_tokens(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        return self.hf.loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def size(self, asked: Asked) -> tuple[int, int]:
+        return len(asked.context) + len(asked.continuation), 1
+
+    def score(self, asked: Sequence[Asked]) -> list[Score]:
+        pairs = [encode_pair(self, a.context, a.continuation) for a in asked]
+        for a, (context, target) in zip(asked, pairs):
+            if len(context) + len(target) > self.hf.max_length + 1:
+                self.truncated.add(a.key)
+        requests = [((a.context, a.continuation), c, t) for a, (c, t) in zip(asked, pairs)]
+        found = self._loglikelihood_tokens(requests)
+        return [Score(float(value), 0.0, len(t), bool(same)) for (value, same), (_, t) in zip(found, pairs)]
+
+    def write(self, asked: Sequence[Asked]) -> list[str]:
+        """Drawn texts one at a time, each from its own seed, so that no text depends on its batch."""
+        drawn = [a for a in asked if a.temperature]
+        found = {}
+        for group in [[a for a in asked if not a.temperature], *([a] for a in drawn)]:
+            if group and group[0].temperature:
+                torch.manual_seed(seed_of(group[0], self.seed))
+            texts = self.hf.generate_until([self._request(a) for a in group], disable_tqdm=True) if group else []
+            found |= {a.key: cut(text, a.until) for a, text in zip(group, texts, strict=True)}
+        return [found[a.key] for a in asked]
+
+    def _request(self, asked: Asked) -> Instance:
+        how: dict[str, Any] = {"until": list(asked.until), "do_sample": False, "max_gen_toks": self._budget(asked)}
+        if asked.temperature:
+            how |= {"do_sample": True, "temperature": asked.temperature, "top_k": 0}
+        context = asked.context or self.tokenizer.decode([self.prefix_token_id])
+        return Instance("generate_until", {}, (context, how), 0)
+
+    def _budget(self, asked: Asked) -> int:
+        """Tokens to write: in a gap as many as stood there, or as the authors counted, its characters."""
+        if asked.middle is None:
+            return asked.max_tokens or GENERATED
+        if asked.faulty:
+            return max(1, len(asked.middle))
+        return max(1, len(tokens_of(asked.middle, self.tokenizer)))
+
+
+def encode_pair(lm: Evaluated, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """(context, continuation) ids as lm-eval encodes them: together; no context is the prefix token."""
+    if context:
+        return lm._encode_pair(context, continuation)
+    ids = lm.tok_encode(continuation, add_special_tokens=False)
+    if ids[:1] == [lm.prefix_token_id]:
+        return ids[:1], ids[1:]
+    return [lm.prefix_token_id], ids
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """The text before the first of `until`."""
+    for stop in until:
+        text = text.split(stop)[0] if stop else text
+    return text
+
+
+def seed_of(asked: Asked, seed: int) -> int:
+    """The seed of a text: of the request and `seed`, whatever else is in the batch."""
+    digest = hashlib.sha256(f"{seed}\n{asked.key}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _padded_left(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, attention mask), (B, L), padded with zeros on the left."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, real

@@ -1,0 +1,184 @@
+"""From tasks and a model to scores, over lm-evaluation-harness.
+
+`prepare` reads and checks all examples, before a model is loaded; `evaluate` asks the model and judges.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from common.errors import UserError
+
+from .documents import find_file, from_hub, read_records
+from .harness import Asked, Evaluated
+from .likelihood import Score
+from .results import Example, Result, per_token_choice
+from .tasks import TASKS, Task
+
+
+@dataclass
+class Prepared:
+    """A task with its examples. `task` is None for one of lm-eval's own, which reads them itself."""
+
+    name: str
+    task: Task | None
+    documents: list[dict] = field(default_factory=list)
+    shots: list[dict] = field(default_factory=list)  # examples before a question
+    source: str = "lm-eval's"  # where the examples are from
+    left_out: int = 0  # records that cannot be asked
+
+
+def prepare(names: Sequence[str], kind: str, data_dir: str | None, num_fewshot: int | None) -> list[Prepared]:
+    """The tasks with their examples; those that are not for this kind of model are left out by the caller.
+
+    Raises UserError for an unknown task and for files that are missing or damaged, all of the missing ones at once.
+    """
+    unknown = [n for n in names if n not in TASKS]
+    own = TaskManager() if unknown else None
+    missing = []
+    found = []
+    for name in names:
+        task = TASKS.get(name)
+        if task is None:
+            if data_dir or own is None or name not in own.task_index:
+                at = " with --data_dir" if data_dir else ", also in lm-eval"
+                raise UserError(f"--tasks: there is no {name!r}{at}; there are {', '.join(TASKS)}")
+            found.append(Prepared(name, None))
+        elif kind in task.kinds:
+            found.append(_with_examples(task, data_dir, num_fewshot, missing))
+    if missing:
+        raise UserError(f"--data_dir {data_dir} lacks {'; '.join(missing)}; leave those tasks out, or add the files")
+    return found
+
+
+def _with_examples(task: Task, data_dir: str | None, num_fewshot: int | None, missing: list[str]) -> Prepared:
+    """A task with its examples; what `data_dir` lacks is added to `missing`."""
+    records, source = _records(task.files, task.hub, task.fields, data_dir)
+    if records is None:
+        missing.append(f"{task.files[0]}*.jsonl(.gz) for {task.name}")
+        return Prepared(task.name, task)
+    documents = _documents(task, records[: task.most], source)
+    kept = [d for d in documents if d is not None]
+    prepared = Prepared(task.name, task, kept, source=source, left_out=len(documents) - len(kept))
+    wanted = task.config.get("num_fewshot") or 0 if num_fewshot is None else num_fewshot
+    if "fewshot_config" in task.config:
+        return prepared  # its examples are part of the task
+    if wanted and task.shots:
+        records, source = _records(task.shots, task.shots_hub, (), data_dir)
+        if records is None:
+            missing.append(f"{task.shots[0]}*.jsonl(.gz) for the examples of {task.name}")
+        prepared.shots = [d for d in _documents(task, (records or [])[: 4 * wanted], source) if d is not None][:wanted]
+    elif wanted:
+        prepared.documents, prepared.shots = kept[:-wanted], kept[-wanted:]
+    if len(prepared.shots) < wanted and not missing:
+        raise UserError(f"{task.name}: {wanted} examples are wanted before each question, {source} has fewer")
+    return prepared
+
+
+def _records(
+    files: Sequence[str], hub: tuple[str, str | None, str] | None, fields: Sequence[str], data_dir: str | None
+) -> tuple[list[dict] | None, str]:
+    """(records, where they are from); None where `data_dir` has no such file."""
+    if data_dir:
+        path = find_file(data_dir, files)
+        return (None, "") if path is None else (read_records(path, fields), str(path))
+    if hub is None:
+        raise UserError(f"{files[-1]} is not on the Hub: its publishers give it on request; give --data_dir")
+    return from_hub(*hub), f"{hub[0]} ({hub[2]})"
+
+
+def _documents(task: Task, records: list[dict], source: str) -> list[dict | None]:
+    found = []
+    for number, record in enumerate(records, start=1):
+        try:
+            found.append(task.document(record))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{source}, record {number}: not as {task.name} has them ({reason})") from None
+    return found
+
+
+def configuration(prepared: Prepared, num_fewshot: int | None, max_gen_toks: int | None) -> dict[str, Any] | str:
+    """lm-eval's configuration of a task, its examples in it."""
+    if prepared.task is None:
+        return prepared.name
+    config = {**prepared.task.config, "task": prepared.name}
+    if num_fewshot is not None and "fewshot_config" not in config:
+        config["num_fewshot"] = num_fewshot
+    if prepared.shots:
+        config |= {"fewshot_split": "shots", "fewshot_config": {"sampler": "first_n"}}
+    if max_gen_toks is not None and "max_gen_toks" in config.get("generation_kwargs", {}):
+        config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": max_gen_toks}
+    splits = {"test": prepared.documents, **({"shots": prepared.shots} if prepared.shots else {})}
+    config["custom_dataset"] = lambda **_: {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    return config
+
+
+def evaluate(
+    lm: Evaluated,
+    tasks: Sequence[Prepared],
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    max_gen_toks: int | None = None,
+    seed: int = 0,
+) -> dict[str, Result]:
+    """The results by task; empty on all ranks but the first."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    found = simple_evaluate(
+        model=lm,
+        tasks=[configuration(p, num_fewshot, max_gen_toks) for p in tasks],
+        limit=limit,
+        num_fewshot=None,
+        bootstrap_iters=0,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    if found is None:
+        return {}
+    lm.answers.reload()
+    return {name: _result(name, samples, lm) for name, samples in found.get("samples", {}).items()}
+
+
+def _result(name: str, samples: Sequence[Mapping[str, Any]], lm: Evaluated) -> Result:
+    """A task's examples with their metrics, in the order of the data."""
+    task = TASKS.get(name)
+    names: dict[str, str]
+    if task is not None:
+        names = dict(task.metrics)
+    else:
+        first = samples[0]["filter"]
+        samples = [s for s in samples if s["filter"] == first]
+        names = {m: {"acc": "accuracy", "acc_norm": "accuracy_norm"}.get(m, m) for m in samples[0]["metrics"]}
+    examples = []
+    for sample in sorted(samples, key=lambda s: s["doc_id"]):
+        metrics = {ours: sample[theirs] for theirs, ours in names.items()}
+        scores = _scores(name, sample, lm)
+        if scores and "accuracy_norm" in metrics:
+            metrics["accuracy_per_token"] = per_token_choice(scores, sample["target"])
+        answers = [list(r) for r in sample["resps"]] if not scores else [s.value for s in scores]
+        errors = [s.stderr for s in scores]
+        numeric = {m: float(v) for m, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, str)}
+        prompts = [list(a) for a in sample["arguments"]]
+        examples.append(Example(sample["doc_id"], sample["doc"], sample["target"], prompts, answers, errors, numeric))
+    return Result(name, next(iter(names.values())), examples, task.note if task else "")
+
+
+def _scores(name: str, sample: Mapping[str, Any], lm: Evaluated) -> list[Score]:
+    """The scores of an example's continuations; none where texts were asked for."""
+    asked = [
+        Asked(*arguments, faulty=name.endswith("_paper")) for arguments in sample["arguments"] if _is_pair(arguments)
+    ]
+    found = [lm.answers.known.get(a.key) for a in asked]
+    return [Score(**answer) for answer in found if isinstance(answer, dict)]
+
+
+def _is_pair(arguments: Any) -> bool:
+    return len(arguments) == 2 and isinstance(arguments[1], str)
