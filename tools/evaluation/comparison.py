@@ -274,7 +274,7 @@ def _difference(
     pair = [[examples[key] for key in common] for examples in (reference, others)]
     values = [np.array([example.metrics[metric] for example in side], dtype=float) for side in pair]
     weights = [np.array([example.weight for example in side], dtype=float) for side in pair]
-    if not all(np.isfinite(array).all() for array in values + weights) or min(w.min() for w in weights) <= 0:
+    if not all(np.isfinite(array).all() for array in values + weights) or min(w.min() for w in weights) < 0:
         return f"{task}: some examples have a {metric} or a weight that is no number, so {later.label} is not compared"
     key = int.from_bytes(hashlib.sha256(f"{task}\n{metric}".encode()).digest()[:8], "little")
     generator = np.random.default_rng([seed, key])
@@ -290,6 +290,11 @@ def _notes_of_scores(evaluations: list[Evaluation]) -> list[str]:
     notes = []
     for one in evaluations:
         notes += [f"{task} of {one.label}: {found['note']}" for task, found in one.tasks.items() if found.get("note")]
+    for task in dict.fromkeys(task for one in evaluations for task, found in one.tasks.items() if "nelbo" in found):
+        exact = [one.label for one in evaluations if one.tasks.get(task, {}).get("exact")]
+        bounds = [one.label for one in evaluations if task in one.tasks and one.label not in exact]
+        if exact and bounds:
+            notes.append(f"{task}: exact for {', '.join(exact)}, an upper bound for {', '.join(bounds)}")
     about = [_settings(one) for one in evaluations]
     for later, settings in zip(evaluations[1:], about[1:]):
         differing = [name for name in {**about[0], **settings} if about[0].get(name) != settings.get(name)]
@@ -301,7 +306,7 @@ def _notes_of_scores(evaluations: list[Evaluation]) -> list[str]:
 
 def _settings(one: Evaluation) -> dict[str, Any]:
     """All that was said of how a model was evaluated, by name."""
-    found = {"kind": one.content.get("kind"), "seed": one.content.get("seed")}
+    found = {"seed": one.content.get("seed")}
     for group in ("likelihood", "settings"):
         values = one.content.get(group)
         if isinstance(values, dict):

@@ -82,8 +82,10 @@ def _column_name(task: str, metric: str) -> str:
 
 
 def _model_name(one: Evaluation) -> str:
+    """The label, the model, and its kind where that is not diffusion."""
     model = str(one.content.get("model", ""))
-    return one.label if not model or model == one.label else f"{one.label}: {model}"
+    name = one.label if not model or model == one.label else f"{one.label}: {model}"
+    return f"{name} (AR)" if one.content.get("kind") == "autoregressive" else name
 
 
 def number(value: float, metric: str, sign: str = "") -> str:
