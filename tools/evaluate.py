@@ -117,8 +117,9 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     try:
         from .evaluation import run as running
+        from .evaluation.autoregressive_lm import AutoregressiveLM
+        from .evaluation.diffusion_lm import DiffusionLM, Likelihood
         from .evaluation.harness import Answers
-        from .evaluation.models import AutoregressiveLM, DiffusionLM, Likelihood
         from .evaluation.results import table, write_results
         from .evaluation.sandbox import check_sandbox
         from .evaluation.tasks import chosen

@@ -23,6 +23,7 @@ from common.errors import UserError
 
 from .likelihood import Score
 
+GENERATED = 256  # tokens of a text where a task names no number; lm-eval's default
 FAULTY = "_paper"  # how the names of tasks end that are scored as the authors' scripts do
 
 
@@ -32,6 +33,7 @@ class Asked:
 
     context: str
     continuation: str = ""  # to be scored
+    greedy: bool = True  # whether it is also to be said if greedy decoding gives it
     faulty: bool = False  # as the authors' scripts do
     max_tokens: int | None = None  # to be written
     until: tuple[str, ...] = ()  # ends a text
@@ -90,6 +92,7 @@ class Evaluated(TemplateLM):
         super().__init__()
         self.answers, self.batch_rows, self.progress = answers, batch_size, progress
         self.truncated: set[str] = set()  # keys of requests whose context did not fit
+        self.only_compared: set[str | None] = set()  # tasks of choices, which do not ask for is_greedy
         self._device = device
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -108,7 +111,7 @@ class Evaluated(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """lm-eval's: (log-likelihood in nats, whether greedy decoding gives the continuation)."""
-        asked = [Asked(*r.args, faulty=_is_faulty(r)) for r in requests]
+        asked = [_to_score(r, r.task_name not in self.only_compared) for r in requests]
         found = self._answered(asked, self.score, "likelihoods")
         return [(Score(**a).value, Score(**a).is_greedy) for a in found]
 
@@ -122,7 +125,7 @@ class Evaluated(TemplateLM):
         return self._answered(asked, self.write, "texts")
 
     def _to_write(self, request: Instance) -> Asked:
-        context, how = request.args
+        context, how = request.arguments[:2]
         gap = request.doc.get("infill") if isinstance(request.doc, dict) else None
         until = how.get("until") or ()
         return Asked(
@@ -170,6 +173,11 @@ class Evaluated(TemplateLM):
         dist.barrier()
 
 
+def _to_score(request: Instance, greedy: bool) -> Asked:
+    context, continuation = request.arguments[:2]
+    return Asked(context, continuation, greedy, _is_faulty(request))
+
+
 def _is_faulty(request: Instance) -> bool:
     return (request.task_name or "").endswith(FAULTY)
 
@@ -186,3 +194,26 @@ def batches(items: Sequence[Asked], rows: Sequence[int], most: int) -> Iterator[
         held += count
     if batch:
         yield batch
+
+
+def encode_pair(lm: Evaluated, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """(context, continuation) ids as lm-eval encodes them: together; no context is the prefix token."""
+    if context:
+        return lm._encode_pair(context, continuation)
+    ids = lm.tok_encode(continuation, add_special_tokens=False)
+    if ids[:1] == [lm.prefix_token_id]:
+        return ids[:1], ids[1:]
+    return [lm.prefix_token_id], ids
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """The text before the first of `until`."""
+    for stop in until:
+        text = text.split(stop)[0] if stop else text
+    return text
+
+
+def seed_of(asked: Asked, seed: int) -> int:
+    """The seed of a text: of the request and `seed`, whatever else is in the batch."""
+    digest = hashlib.sha256(f"{seed}\n{asked.key}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

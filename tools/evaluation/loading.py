@@ -33,7 +33,7 @@ def load_any(
         model, tokenizer = load(checkpoint, trust_remote_code, "cpu")
         return model.to(device=device, dtype=dtype), tokenizer
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)

@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from common.errors import UserError
 
 from .documents import find_file, from_hub, read_records
-from .harness import Asked, Evaluated
+from .harness import FAULTY, Asked, Evaluated
 from .likelihood import Score
 from .results import Example, Result, per_token_choice
 from .tasks import TASKS, Task
@@ -128,9 +128,13 @@ def evaluate(
     seed: int = 0,
 ) -> dict[str, Result]:
     """The results by task; empty on all ranks but the first."""
+    lm.only_compared = {
+        p.name for p in tasks if p.task is not None and p.task.config["output_type"] == "multiple_choice"
+    }
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    found = simple_evaluate(
+    chosen: Any = simple_evaluate
+    found = chosen(
         model=lm,
         tasks=[configuration(p, num_fewshot, max_gen_toks) for p in tasks],
         limit=limit,
@@ -150,7 +154,7 @@ def evaluate(
 def _result(name: str, samples: Sequence[Mapping[str, Any]], lm: Evaluated) -> Result:
     """A task's examples with their metrics, in the order of the data."""
     task = TASKS.get(name)
-    names: dict[str, str]
+    names: dict[Any, Any]
     if task is not None:
         names = dict(task.metrics)
     else:
@@ -173,8 +177,11 @@ def _result(name: str, samples: Sequence[Mapping[str, Any]], lm: Evaluated) -> R
 
 def _scores(name: str, sample: Mapping[str, Any], lm: Evaluated) -> list[Score]:
     """The scores of an example's continuations; none where texts were asked for."""
+    compared = name in lm.only_compared
     asked = [
-        Asked(*arguments, faulty=name.endswith("_paper")) for arguments in sample["arguments"] if _is_pair(arguments)
+        Asked(*arguments, not compared, name.endswith(FAULTY))
+        for arguments in sample["arguments"]
+        if _is_pair(arguments)
     ]
     found = [lm.answers.known.get(a.key) for a in asked]
     return [Score(**answer) for answer in found if isinstance(answer, dict)]

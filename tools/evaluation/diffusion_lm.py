@@ -1,10 +1,9 @@
-"""The two kinds of models that the harness asks: masked diffusion ones, and autoregressive ones through lm-eval's hf.
+"""Masked diffusion models, as lm-eval asks them.
 
-Likelihoods of a diffusion model are estimated with the target masked and the context given; its texts are decoded
-from masks. In a gap it sees both sides, while an autoregressive model continues what stands before it.
+A likelihood is estimated with the target masked and the context given; a text is decoded from masks, in a gap with
+both sides given.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from common.errors import UserError
@@ -23,11 +21,10 @@ from pretrain.model.settings import SamplingSettings
 
 from ..decoding import continuation as tokens_of
 from ..decoding import encode_parts
-from .harness import Answers, Asked, Evaluated
+from .harness import GENERATED, Answers, Asked, Evaluated, cut, encode_pair, seed_of
 from .likelihood import Score, draw, estimate, random_for
 
 PAPER_STEPS = 32  # the authors' T
-GENERATED = 256  # tokens where a task names no number; lm-eval's default
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class DiffusionLM(Evaluated):
         return ids
 
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
-        scores = self._score_tokens([(c, t) for _, c, t in requests], self.likelihood, 1.0)
+        scores = self._score_tokens([(c, t) for _, c, t in requests], self.likelihood, 1.0, [True] * len(requests))
         return [(s.value, s.is_greedy) for s in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -102,7 +99,7 @@ class DiffusionLM(Evaluated):
                 context_len=1,
             )
             pairs = [make_disjoint_window(window) for window in windows]
-            found.append(sum(s.value for s in self._score_tokens(pairs, self.likelihood, 1.0)))
+            found.append(sum(s.value for s in self._score_tokens(pairs, self.likelihood, 1.0, [False] * len(pairs))))
         return found
 
     def score(self, asked: Sequence[Asked]) -> list[Score]:
@@ -111,7 +108,8 @@ class DiffusionLM(Evaluated):
         for likelihood, faulty in ((self.likelihood, False), (as_authors, True)):
             part = [a for a in asked if a.faulty == faulty]
             temperature = self.paper_temperature if likelihood.name == "paper" else 1.0
-            scores = self._score_tokens([self._fitted(a) for a in part], likelihood, temperature)
+            greedy = [a.greedy for a in part]
+            scores = self._score_tokens([self._fitted(a) for a in part], likelihood, temperature, greedy)
             found |= {a.key: s for a, s in zip(part, scores, strict=True)}
         return [found[a.key] for a in asked]
 
@@ -134,27 +132,32 @@ class DiffusionLM(Evaluated):
         return context[-room:], target
 
     def _score_tokens(
-        self, pairs: Sequence[tuple[list[int], list[int]]], likelihood: Likelihood, temperature: float
+        self,
+        pairs: Sequence[tuple[list[int], list[int]]],
+        likelihood: Likelihood,
+        temperature: float,
+        greedy: Sequence[bool],
     ) -> list[Score]:
-        """The scores of targets after their contexts."""
+        """The scores of targets after their contexts; `greedy`: for which it matters whether greedy decoding gives it."""
         tail = [self.eot_token_id] if likelihood.name == "dream" else []
         all_draws = [
             draw(likelihood.name, len(t), likelihood.draws, random_for(likelihood.seed, t)) for _, t in pairs
         ]  # fmt: skip
         rows = []
         for i, ((context, target), draws) in enumerate(zip(pairs, all_draws)):
-            given = np.zeros(len(context), bool), np.zeros(len(tail), bool)
-            for k in draws.masked.any(axis=1).nonzero()[0]:
-                masked = np.concatenate([given[0], draws.masked[k], given[1]])
+            before, after = np.zeros(len(context), bool), np.zeros(len(tail), bool)
+            for k in np.flatnonzero(draws.masked.any(axis=1)):
+                masked = np.concatenate([before, draws.masked[k], after])
                 rows.append(Row(context + target + tail, masked, (i, int(k))))
         ce = [np.zeros(len(draws.weights)) for draws in all_draws]
         for row, loss in zip(rows, self._cross_entropies(rows, temperature), strict=True):
             ce[row.owner[0]][row.owner[1]] = loss
-        greedy = self._greedy_gives(pairs)
+        asked = [i for i, wanted in enumerate(greedy) if wanted]
+        given = dict(zip(asked, self._greedy_gives([pairs[i] for i in asked])))
         scores = []
-        for (_, target), draws, losses, same in zip(pairs, all_draws, ce, greedy):
+        for i, ((_, target), draws, losses) in enumerate(zip(pairs, all_draws, ce)):
             bound, error = estimate(draws, losses)
-            scores.append(Score(-bound, error, len(target), same))
+            scores.append(Score(-bound, error, len(target), given.get(i, False)))
         return scores
 
     @torch.no_grad()
@@ -272,97 +275,6 @@ class DiffusionLM(Evaluated):
 
     def _generator(self, asked: Asked) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(asked, self.likelihood.seed))
-
-
-class AutoregressiveLM(Evaluated):
-    """A causal model of transformers, asked through lm-eval's own `hf`."""
-
-    kind = "autoregressive"
-
-    def __init__(
-        self, model: Any, tokenizer: Any, answers: Answers, seed: int = 0, batch_size: int = 32, progress: bool = True
-    ):
-        super().__init__(answers, batch_size, model.device, progress)
-        self.hf = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self.tokenizer, self.seed = tokenizer, seed
-
-    @property
-    def eot_token_id(self) -> int:
-        return self.hf.eot_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        return self.hf.prefix_token_id
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.hf.tok_encode(string, add_special_tokens=add_special_tokens)
-
-    def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
-        return self.hf._loglikelihood_tokens(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        return self.hf.loglikelihood_rolling(requests, disable_tqdm=True)
-
-    def size(self, asked: Asked) -> tuple[int, int]:
-        return len(asked.context) + len(asked.continuation), 1
-
-    def score(self, asked: Sequence[Asked]) -> list[Score]:
-        pairs = [encode_pair(self, a.context, a.continuation) for a in asked]
-        for a, (context, target) in zip(asked, pairs):
-            if len(context) + len(target) > self.hf.max_length + 1:
-                self.truncated.add(a.key)
-        requests = [((a.context, a.continuation), c, t) for a, (c, t) in zip(asked, pairs)]
-        found = self._loglikelihood_tokens(requests)
-        return [Score(float(value), 0.0, len(t), bool(same)) for (value, same), (_, t) in zip(found, pairs)]
-
-    def write(self, asked: Sequence[Asked]) -> list[str]:
-        """Drawn texts one at a time, each from its own seed, so that no text depends on its batch."""
-        drawn = [a for a in asked if a.temperature]
-        found = {}
-        for group in [[a for a in asked if not a.temperature], *([a] for a in drawn)]:
-            if group and group[0].temperature:
-                torch.manual_seed(seed_of(group[0], self.seed))
-            texts = self.hf.generate_until([self._request(a) for a in group], disable_tqdm=True) if group else []
-            found |= {a.key: cut(text, a.until) for a, text in zip(group, texts, strict=True)}
-        return [found[a.key] for a in asked]
-
-    def _request(self, asked: Asked) -> Instance:
-        how: dict[str, Any] = {"until": list(asked.until), "do_sample": False, "max_gen_toks": self._budget(asked)}
-        if asked.temperature:
-            how |= {"do_sample": True, "temperature": asked.temperature, "top_k": 0}
-        context = asked.context or self.tokenizer.decode([self.prefix_token_id])
-        return Instance("generate_until", {}, (context, how), 0)
-
-    def _budget(self, asked: Asked) -> int:
-        """Tokens to write: in a gap as many as stood there, or as the authors counted, its characters."""
-        if asked.middle is None:
-            return asked.max_tokens or GENERATED
-        if asked.faulty:
-            return max(1, len(asked.middle))
-        return max(1, len(tokens_of(asked.middle, self.tokenizer)))
-
-
-def encode_pair(lm: Evaluated, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """(context, continuation) ids as lm-eval encodes them: together; no context is the prefix token."""
-    if context:
-        return lm._encode_pair(context, continuation)
-    ids = lm.tok_encode(continuation, add_special_tokens=False)
-    if ids[:1] == [lm.prefix_token_id]:
-        return ids[:1], ids[1:]
-    return [lm.prefix_token_id], ids
-
-
-def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first of `until`."""
-    for stop in until:
-        text = text.split(stop)[0] if stop else text
-    return text
-
-
-def seed_of(asked: Asked, seed: int) -> int:
-    """The seed of a text: of the request and `seed`, whatever else is in the batch."""
-    digest = hashlib.sha256(f"{seed}\n{asked.key}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _padded_left(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
