@@ -138,7 +138,7 @@ class DiffusionLM(Evaluated):
         temperature: float,
         greedy: Sequence[bool],
     ) -> list[Score]:
-        """The scores of targets after their contexts; `greedy`: for which it matters whether greedy decoding gives it."""
+        """The scores of targets after their contexts; `greedy`: whether it matters if greedy decoding gives it."""
         tail = [self.eot_token_id] if likelihood.name == "dream" else []
         all_draws = [
             draw(likelihood.name, len(t), likelihood.draws, random_for(likelihood.seed, t)) for _, t in pairs

@@ -178,11 +178,9 @@ def _result(name: str, samples: Sequence[Mapping[str, Any]], lm: Evaluated) -> R
 def _scores(name: str, sample: Mapping[str, Any], lm: Evaluated) -> list[Score]:
     """The scores of an example's continuations; none where texts were asked for."""
     compared = name in lm.only_compared
-    asked = [
-        Asked(*arguments, not compared, name.endswith(FAULTY))
-        for arguments in sample["arguments"]
-        if _is_pair(arguments)
-    ]
+    name_is_faulty = name.endswith(FAULTY)
+    pairs = [a for a in sample["arguments"] if _is_pair(a)]
+    asked = [Asked(a[0], a[1], not compared, name_is_faulty) for a in pairs]
     found = [lm.answers.known.get(a.key) for a in asked]
     return [Score(**answer) for answer in found if isinstance(answer, dict)]
 
