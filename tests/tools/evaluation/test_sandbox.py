@@ -71,6 +71,7 @@ def test_a_program_passes_that_reaches_its_last_line(source):
         ("x = '\0'", "exit code 1", "null bytes"),
         ("x = '\ud800'", "exit code 1", "SyntaxError"),
         ("exit(3)", "exit code 3", ""),
+        ("import atexit, os; atexit.register(os._exit, 3)", "exit code 3", ""),  # at its last line, and yet
         ("import os; os.kill(os.getpid(), 9)", "killed by signal 9", ""),
         ("import ctypes; ctypes.string_at(0)", "killed by signal 11", ""),
         ("def f(): f()\nf()", "exit code 1", "RecursionError"),
