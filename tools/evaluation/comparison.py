@@ -294,20 +294,24 @@ def _notes_of_scores(evaluations: list[Evaluation]) -> list[str]:
         exact = [one.label for one in evaluations if one.tasks.get(task, {}).get("exact")]
         bounds = [one.label for one in evaluations if task in one.tasks and one.label not in exact]
         if exact and bounds:
-            notes.append(f"{task}: exact for {', '.join(exact)}, an upper bound for {', '.join(bounds)}")
-    about = [_settings(one) for one in evaluations]
-    for later, settings in zip(evaluations[1:], about[1:]):
-        differing = [name for name in {**about[0], **settings} if about[0].get(name) != settings.get(name)]
+            notes.append(
+                f"{task}: exact for {', '.join(exact)}, an upper bound for {', '.join(bounds)}, whose loss may be less"
+            )
+    first = evaluations[0]
+    for later in evaluations[1:]:
+        same_kind = first.content.get("kind") == later.content.get("kind")  # else likelihoods differ anyway
+        here, there = _settings(first, same_kind), _settings(later, same_kind)
+        differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
         if differing:
-            listed = "; ".join(f"{name}: {about[0].get(name)} and {settings.get(name)}" for name in differing)
-            notes.append(f"{evaluations[0].label} and {later.label} were evaluated with other settings: {listed}")
+            listed = "; ".join(f"{name}: {here.get(name)} and {there.get(name)}" for name in differing)
+            notes.append(f"{first.label} and {later.label} were evaluated with other settings: {listed}")
     return notes
 
 
-def _settings(one: Evaluation) -> dict[str, Any]:
-    """All that was said of how a model was evaluated, by name."""
-    found = {"seed": one.content.get("seed")}
-    for group in ("likelihood", "settings"):
+def _settings(one: Evaluation, likelihood: bool) -> dict[str, Any]:
+    """All that was said of how a model was evaluated, by name; of its `likelihood` only if that is wanted."""
+    found = {"seed": one.content.get("seed")} if likelihood else {}
+    for group in ("likelihood", "settings") if likelihood else ("settings",):
         values = one.content.get(group)
         if isinstance(values, dict):
             found |= {f"{group}.{name}": value for name, value in values.items() if name not in NO_DIFFERENCE}
