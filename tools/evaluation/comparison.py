@@ -49,10 +49,11 @@ class Evaluation:
     def score(self, task: str, metric: str) -> tuple[float, float | None, int | None] | None:
         """(score, standard error, examples), the last two None where they are not given; None without the metric."""
         found = self.tasks.get(task, {})
-        if found.get(metric) is None:
+        if not is_number(found.get(metric)):
             return None
         stderr = found.get(f"{metric}_stderr", found.get("stderr") if found["metric"] == metric else None)
-        return found[metric], stderr, found.get("n")
+        n = found.get("n")
+        return found[metric], stderr if is_number(stderr) else None, n if isinstance(n, int) else None
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ class Comparison:
     notes: list[str] = field(default_factory=list)  # what could not be compared, and what to know of a score
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def lower_is_better(metric: str) -> bool:
     return metric.startswith(LOWER_IS_BETTER)
 
@@ -125,9 +131,10 @@ def _read_results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
         raise UserError(
-            f"{path} not found; expected a finished --output of `python -m tools.evaluate` or `python -m tools.nelbo`"
+            f"{path} cannot be read ({error.strerror}); expected a finished --output of `python -m tools.evaluate` or "
+            "`python -m tools.nelbo`"
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; evaluate the model again") from None
@@ -139,7 +146,7 @@ def _read_results(folder: Path) -> dict[str, Any]:
         if not isinstance(metric, str):
             raise UserError(f"{path}: task {task} does not say which `metric` is the main one")
         value = scores.get(metric)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not is_number(value):
             raise UserError(f"{path}: task {task}: its {metric} is {value!r}, expected a number")
     return content
 
@@ -155,8 +162,8 @@ def read_examples(folder: Path, task: str) -> dict[Any, Example] | None:
     found: dict[Any, Example] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}; evaluate the model again") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}; evaluate the model again") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
