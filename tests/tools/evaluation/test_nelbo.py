@@ -381,3 +381,27 @@ def test_the_code_in_the_checkpoint_gives_the_same(tiny_checkpoint, corpus_dir, 
         for more in ((), ("--trust_remote_code",))
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_isolated_documents_begin_at_position_0():
+    given = {}
+
+    def model(**arguments):
+        given.update(arguments)
+        return SimpleNamespace(nll=torch.ones(int((arguments["labels"] != IGNORE).sum())))
+
+    rows, places = rows_of(Source([Row(0, np.full(8, 3), [3, 5])]), isolated=True)
+    model.config, model.device = Known.config, Known.device
+    diffusion_scores(model, rows, places, Noise("mask_count", 1, 0), 1)
+    assert given["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert given["visibility"].documents.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]]
+
+
+def test_a_batch_of_which_not_all_rows_were_written_is_measured_again(tmp_path):
+    """So that later batches hold the same rows as without the stop."""
+    path = tmp_path / "s.jsonl"
+    places = [Place("s", n, n, 6) for n in range(6)]
+    lines = [nelbo_folder.line_of(p, np.arange(4), RowScore(3, 1.5, [], [])) for p in places[:3]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"doc_')
+    assert nelbo_folder.finished_lines(path, places, 2) == lines[:2]
+    assert path.read_text() == "".join(json.dumps(line) + "\n" for line in lines[:2])
