@@ -25,9 +25,13 @@ FEWEST_RESAMPLES = 100
 
 
 def check_output(folder: Path) -> list[Path]:
-    """compare.md and compare.html in `folder`. Raises UserError where other things have these names."""
+    """compare.md and compare.html in `folder`, which is made. Raises UserError where other things have these names."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file, expected a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be made: {error.strerror}") from None
     files = [folder / "compare.md", folder / "compare.html"]
     for path in files:
         if path.is_dir() or (path.exists() and OWN.encode() not in path.read_bytes()[:200]):
@@ -51,11 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--resamples is {args.resamples}, expected at least {FEWEST_RESAMPLES}")
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}, expected 0 or more")
+    evaluations = read_evaluations(args.folders)
     pages = check_output(Path(args.output))
-    comparison = compare(read_evaluations(args.folders), args.resamples, args.seed)
+    comparison = compare(evaluations, args.resamples, args.seed)
     tables = comparison_page.grids(comparison, args.paper)
     sentences = comparison_page.remarks(comparison, args.paper)
-    Path(args.output).mkdir(parents=True, exist_ok=True)
     markdown = f"{OWN}\n# Comparison\n\n{comparison_page.markdown(tables, sentences)}"
     html = f"<!doctype html>\n{OWN}\n{comparison_page.html(tables, sentences, comparison)}"
     for path, content in zip(pages, (markdown, html), strict=True):

@@ -58,9 +58,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--isolate_documents needs this project's own code; leave --trust_remote_code out")
 
 
-def places_of(
-    args: argparse.Namespace, manifest: shards.Manifest
-) -> tuple[dict[str, shards.ShardedRows], list[Place]]:  # fmt: skip
+def places_of(args: argparse.Namespace, manifest: shards.Manifest) -> tuple[dict[str, shards.ShardedRows], list[Place]]:
     """The sources, and up to --rows rows of each, evenly spread. Raises UserError where there are none."""
     problems = shards.check(args.corpus, hashes=False)
     if problems:
@@ -118,8 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=4, metavar="K", help="noise of each row; default: %(default)s")
     parser.add_argument(
         "--likelihood", choices=LIKELIHOODS, default=LIKELIHOODS[0],
-        help="time: draw t, mask each token with probability t, as in training; mask_count: draw how many tokens are "
-        "masked, the same bound with less variance; default: %(default)s",
+        help="mask_count: draw how many tokens are masked; time: draw t and mask each token with probability t, as in "
+        "training, the same bound with more noise; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--batch_size", type=int, default=8, metavar="B", help="rows at a time; changes rounding alone; default: 8"
@@ -151,9 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         "weights": fingerprint_of(model),
     }
     with folder.opened(about):
-        measured = nelbo_folder.measure(
-            folder, model, sources, places, noise, args.batch_size, args.isolate_documents
-        )  # fmt: skip
+        measured = nelbo_folder.measure(folder, model, sources, places, noise, args.batch_size, args.isolate_documents)
         first_counts = noise is not None and not uses_shift(model.config)
         nelbo_folder.report(folder, about, measured, manifest, first_counts)
     return 0

@@ -49,10 +49,11 @@ class Evaluation:
     def score(self, task: str, metric: str) -> tuple[float, float | None, int | None] | None:
         """(score, standard error, examples), the last two None where they are not given; None without the metric."""
         found = self.tasks.get(task, {})
-        if found.get(metric) is None:
+        if not is_number(found.get(metric)):
             return None
         stderr = found.get(f"{metric}_stderr", found.get("stderr") if found["metric"] == metric else None)
-        return found[metric], stderr, found.get("n")
+        n = found.get("n")
+        return found[metric], stderr if is_number(stderr) else None, n if isinstance(n, int) else None
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ class Comparison:
     notes: list[str] = field(default_factory=list)  # what could not be compared, and what to know of a score
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def lower_is_better(metric: str) -> bool:
     return metric.startswith(LOWER_IS_BETTER)
 
@@ -125,9 +131,10 @@ def _read_results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
         raise UserError(
-            f"{path} not found; expected a finished --output of `python -m tools.evaluate` or `python -m tools.nelbo`"
+            f"{path} cannot be read ({error.strerror}); expected a finished --output of `python -m tools.evaluate` or "
+            "`python -m tools.nelbo`"
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; evaluate the model again") from None
@@ -139,7 +146,7 @@ def _read_results(folder: Path) -> dict[str, Any]:
         if not isinstance(metric, str):
             raise UserError(f"{path}: task {task} does not say which `metric` is the main one")
         value = scores.get(metric)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not is_number(value):
             raise UserError(f"{path}: task {task}: its {metric} is {value!r}, expected a number")
     return content
 
@@ -155,8 +162,8 @@ def read_examples(folder: Path, task: str) -> dict[Any, Example] | None:
     found: dict[Any, Example] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}; evaluate the model again") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}; evaluate the model again") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -294,20 +301,24 @@ def _notes_of_scores(evaluations: list[Evaluation]) -> list[str]:
         exact = [one.label for one in evaluations if one.tasks.get(task, {}).get("exact")]
         bounds = [one.label for one in evaluations if task in one.tasks and one.label not in exact]
         if exact and bounds:
-            notes.append(f"{task}: exact for {', '.join(exact)}, an upper bound for {', '.join(bounds)}")
-    about = [_settings(one) for one in evaluations]
-    for later, settings in zip(evaluations[1:], about[1:]):
-        differing = [name for name in {**about[0], **settings} if about[0].get(name) != settings.get(name)]
+            notes.append(
+                f"{task}: exact for {', '.join(exact)}, an upper bound for {', '.join(bounds)}, whose loss may be less"
+            )
+    first = evaluations[0]
+    for later in evaluations[1:]:
+        same_kind = first.content.get("kind") == later.content.get("kind")  # else likelihoods differ anyway
+        here, there = _settings(first, same_kind), _settings(later, same_kind)
+        differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
         if differing:
-            listed = "; ".join(f"{name}: {about[0].get(name)} and {settings.get(name)}" for name in differing)
-            notes.append(f"{evaluations[0].label} and {later.label} were evaluated with other settings: {listed}")
+            listed = "; ".join(f"{name}: {here.get(name)} and {there.get(name)}" for name in differing)
+            notes.append(f"{first.label} and {later.label} were evaluated with other settings: {listed}")
     return notes
 
 
-def _settings(one: Evaluation) -> dict[str, Any]:
-    """All that was said of how a model was evaluated, by name."""
-    found = {"seed": one.content.get("seed")}
-    for group in ("likelihood", "settings"):
+def _settings(one: Evaluation, likelihood: bool) -> dict[str, Any]:
+    """All that was said of how a model was evaluated, by name; of its `likelihood` only if that is wanted."""
+    found = {"seed": one.content.get("seed")} if likelihood else {}
+    for group in ("likelihood", "settings") if likelihood else ("settings",):
         values = one.content.get(group)
         if isinstance(values, dict):
             found |= {f"{group}.{name}": value for name, value in values.items() if name not in NO_DIFFERENCE}

@@ -113,7 +113,7 @@ def differences_grid(differences: Sequence[Difference]) -> Grid:
         ]
         for d in differences
     ]  # fmt: skip
-    header = ["task", "metric", "model", "less", "difference", f"{LEVEL:.0%} interval", "examples", "0 left out"]
+    header = ["task", "metric", "model", "less", "difference", f"{LEVEL:.0%} interval", "examples", "verdict"]
     return Grid("Differences on the examples of both models", header, rows, [d.verdict for d in differences])
 
 
@@ -122,8 +122,9 @@ def remarks(comparison: Comparison, paper: bool) -> list[str]:
     found = []
     if comparison.differences:
         found.append(
-            f"Intervals are of a paired bootstrap: examples are resampled, each with both models' results. Each holds "
-            f"with {LEVEL:.0%} by itself, so of twenty comparisons of equal models about one is marked."
+            "Intervals are of a paired bootstrap: examples are resampled, each with both models' results. A verdict "
+            f"stands where the interval leaves out 0. Each interval holds with {LEVEL:.0%} by itself, so of twenty "
+            "comparisons of equal models about one has a verdict."
         )
     found += left_out(comparison.differences) + comparison.notes
     if paper:

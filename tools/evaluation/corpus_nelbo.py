@@ -22,7 +22,7 @@ from pretrain.model.visibility import Visibility
 from pretrain.objectives.masked_diffusion import BUCKETS, EPS, bucket_names, corrupt, sample_time
 from pretrain.step import Rows
 
-LIKELIHOODS = ("time", "mask_count")
+LIKELIHOODS = ("mask_count", "time")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Place:
 class Noise:
     """How a diffusion model's rows are masked.
 
-    time: t ~ U(eps, 1), each token masked with probability t. mask_count: l ~ U{1 … M} of M tokens masked, which is
-    the same expectation over all t, with less variance; t then stands for l / M.
+    mask_count: l ~ U{1 … M} of the row's M tokens, weight M / l, and t stands for l / M. Averaging Eq. 7 over
+    t ~ U(0, 1) weighs each l alike, so the expectation is the same, and the number of losses is not random.
+    time: t ~ U(eps, 1), each token with probability t, weight 1/t, as in training.
     """
 
     likelihood: str
@@ -81,17 +82,14 @@ class RowScore:
 
 
 @torch.no_grad()
-def diffusion_scores(
-    model: Any, rows: Rows, places: Sequence[Place], noise: Noise, batch_size: int
-) -> list[RowScore]:  # fmt: skip
+def diffusion_scores(model: Any, rows: Rows, places: Sequence[Place], noise: Noise, batch_size: int) -> list[RowScore]:
     """A score for each of `rows`, which stand at `places`; `batch_size` masked rows at a time.
 
     Tokens are counted as in training: with the shift, nothing predicts a row's or an isolated document's first token.
     """
     maskable = rows.real & ~rows.first if uses_shift(model.config) else rows.real
-    scores = [
-        RowScore(int(tokens), 0.0, [0.0] * len(BUCKETS), [0] * len(BUCKETS)) for tokens in maskable.sum(1)
-    ]  # fmt: skip
+    buckets = len(BUCKETS)
+    scores = [RowScore(int(tokens), 0.0, [0.0] * buckets, [0] * buckets) for tokens in maskable.sum(1)]
     drawn = [(r, *noise.draw(place, k, maskable[r])) for r, place in enumerate(places) for k in range(noise.draws)]
     for begin in range(0, len(drawn), batch_size):
         part = drawn[begin : begin + batch_size]

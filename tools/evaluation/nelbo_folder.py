@@ -252,10 +252,14 @@ def table_of(tasks: Mapping[str, dict[str, Any]], exact: bool) -> tuple[list[str
         shown += [f"CE, t ≤ {name.rpartition('_t')[2]}" for name in bucket_names("ce")]
     rows = []
     for task, found in tasks.items():
-        cells = []
-        for name in names:
-            value, stderr = found.get(name), found.get(f"{name}_stderr")
-            text = "–" if value is None else f"{value:.4g}"
-            cells.append(text if value is None or stderr is None else f"{text} ± {stderr:.2g}")
+        cells = [_with_stderr(found, name, digits=2 if name == "perplexity_bound" else 4) for name in names]
         rows.append([task.removeprefix("nelbo/"), f"{found['n']:,}", f"{found['tokens']:,}", *cells])
     return ["source", "rows", "tokens", *shown], rows
+
+
+def _with_stderr(found: dict[str, Any], name: str, digits: int) -> str:
+    """A number and its standard error, where there are any."""
+    value, stderr = found.get(name), found.get(f"{name}_stderr")
+    if value is None:
+        return "–"
+    return f"{value:,.{digits}f}" + ("" if stderr is None else f" ± {stderr:,.{digits}f}")

@@ -126,7 +126,7 @@ def test_other_data_under_the_same_ids_are_refused(tmp_path, capsys):
     code, output = run(tmp_path, a, b)
     error = one_error(capsys)
     assert code == 2 and "b/samples/piqa.jsonl: doc_id 1" in error and "not the same data" in error
-    assert not output.exists()
+    assert not list(output.glob("*"))
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):
@@ -162,8 +162,8 @@ def test_bad_folders_are_one_line_errors(tmp_path, capsys):
     both = {"tasks": {"../../x": {"accuracy": 0.5, "metric": "accuracy"}}}
     (outside / "results.json").write_text(json.dumps(both))
     for folders, expected in (
-        ([tmp_path / "missing"], "not found; expected a finished --output"),
-        ([tmp_path / "empty"], "not found; expected a finished --output"),
+        ([tmp_path / "missing"], "cannot be read (No such file or directory); expected a finished"),
+        ([tmp_path / "empty"], "cannot be read (No such file or directory); expected a finished"),
         ([good, other], "no model has a task in common"),
         ([good, torn], "samples/piqa.jsonl:60: expected JSON"),
         ([twice, good], "stands there twice"),
@@ -190,6 +190,9 @@ def test_files_of_others_stay_and_its_own_are_written_again(tmp_path, capsys):
     capsys.readouterr()
     assert run(tmp_path, a)[0] == 2 and "choose another --output" in one_error(capsys)
     assert (output / "compare.md").read_text() == "notes of my own"
+    (tmp_path / "file").write_text("")
+    for output, expected in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "x", "cannot be made")):
+        assert main([str(a), "--output", str(output)]) == 2 and expected in one_error(capsys)
 
 
 class Tags(HTMLParser):

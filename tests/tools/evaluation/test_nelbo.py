@@ -92,6 +92,16 @@ def test_both_ways_average_over_all_times(likelihood):
     assert np.mean(found) == pytest.approx(expected, rel=0.03 if likelihood == "time" else 0.005)
 
 
+def test_counting_masks_is_less_noisy_than_drawing_times(tiny_checkpoint, corpus_dir, tmp_path):
+    found = {}
+    for likelihood in ("time", "mask_count"):
+        results = measure(tiny_checkpoint, corpus_dir, tmp_path / likelihood, "--likelihood", likelihood)
+        found[likelihood] = results["tasks"]["nelbo/all"]
+    a, b = found["time"], found["mask_count"]
+    assert b["stderr"] < a["stderr"] / 3
+    assert abs(a["nelbo"] - b["nelbo"]) < 3 * math.hypot(a["stderr"], b["stderr"])
+
+
 def test_standard_errors_are_those_of_repeated_samples():
     """Of many samples of rows, the estimates spread as each of them says."""
     law = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
@@ -126,8 +136,9 @@ def drawn(seed: int, source: str, row: int, draw: int) -> np.random.Generator:
 def test_equals_an_independent_computation(tiny_checkpoint, corpus_dir, tmp_path):
     """From transformers' own model under a full mask, with the definition's noise; t is read off the stratum."""
     results = measure(
-        tiny_checkpoint, corpus_dir, tmp_path / "out", "--rows", "5", "--draws", "2", "--batch_size", "3", "--seed", "9"
-    )
+        tiny_checkpoint, corpus_dir, tmp_path / "out", "--likelihood", "time",
+        "--rows", "5", "--draws", "2", "--batch_size", "3", "--seed", "9",
+    )  # fmt: skip
     model = stock(tiny_checkpoint)
     total, tokens = 0.0, 0
     for source in Manifest.load(corpus_dir).sources:
@@ -258,7 +269,7 @@ def test_an_interrupted_run_continues_to_the_same_table(tiny_checkpoint, corpus_
 
 
 def test_a_bound_and_an_exact_loss_are_compared_row_by_row(tiny_checkpoint, base_dir, corpus_dir, tmp_path, capsys):
-    ours = measure(tiny_checkpoint, corpus_dir, tmp_path / "ours", "--likelihood", "mask_count")
+    ours = measure(tiny_checkpoint, corpus_dir, tmp_path / "ours")
     exact = measure(base_dir("llama"), corpus_dir, tmp_path / "base")
     arguments = [str(tmp_path / "base"), str(tmp_path / "ours"), "--output", str(tmp_path / "compared")]
     assert compare([*arguments, "--resamples", "200"]) == 0
@@ -370,3 +381,27 @@ def test_the_code_in_the_checkpoint_gives_the_same(tiny_checkpoint, corpus_dir, 
         for more in ((), ("--trust_remote_code",))
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_isolated_documents_begin_at_position_0():
+    given = {}
+
+    def model(**arguments):
+        given.update(arguments)
+        return SimpleNamespace(nll=torch.ones(int((arguments["labels"] != IGNORE).sum())))
+
+    rows, places = rows_of(Source([Row(0, np.full(8, 3), [3, 5])]), isolated=True)
+    model.config, model.device = Known.config, Known.device
+    diffusion_scores(model, rows, places, Noise("mask_count", 1, 0), 1)
+    assert given["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert given["visibility"].documents.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]]
+
+
+def test_a_batch_of_which_not_all_rows_were_written_is_measured_again(tmp_path):
+    """So that later batches hold the same rows as without the stop."""
+    path = tmp_path / "s.jsonl"
+    places = [Place("s", n, n, 6) for n in range(6)]
+    lines = [nelbo_folder.line_of(p, np.arange(4), RowScore(3, 1.5, [], [])) for p in places[:3]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"doc_')
+    assert nelbo_folder.finished_lines(path, places, 2) == lines[:2]
+    assert path.read_text() == "".join(json.dumps(line) + "\n" for line in lines[:2])
