@@ -23,27 +23,9 @@ from common.log import log
 from data_prep import shards, tokenizing
 from pretrain.model.reading import uses_shift
 
-from .decoding import load
 from .evaluation import nelbo_folder
 from .evaluation.corpus_nelbo import EPS, LIKELIHOODS, Noise, Place, fingerprint_of
-
-
-def load_either(checkpoint: str, trust_remote_code: bool) -> tuple[Any, Any, bool]:
-    """(model in eval mode, tokenizer, whether it is autoregressive). Raises UserError where neither can be loaded."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-        if getattr(config, "mask_token_id", None) is not None:
-            return *load(checkpoint, trust_remote_code), False
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{checkpoint} cannot be loaded: {reason}") from None
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, True
+from .evaluation.loading import kind_of, load_any
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -140,7 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = nelbo_folder.Folder(Path(args.output))
     folder.check_own(about)
     sources, places = places_of(args, manifest)
-    model, tokenizer, exact = load_either(args.checkpoint, args.trust_remote_code)
+    kind = kind_of(args.checkpoint, args.trust_remote_code)
+    model, tokenizer = load_any(args.checkpoint, kind, trust_remote_code=args.trust_remote_code)
+    exact = kind == "autoregressive"
     check_fits(args.checkpoint, model, tokenizer, args.corpus, manifest)
     noise = None if exact else make_noise(args, model)
     about |= {

@@ -26,15 +26,23 @@ def kind_of(checkpoint: str, trust_remote_code: bool = False) -> str:
 
 
 def load_any(
-    checkpoint: str, kind: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    checkpoint: str,
+    kind: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of either kind, in eval mode. Raises UserError where it cannot be loaded."""
+    """(model, tokenizer) of either kind, in eval mode. Raises UserError where it cannot be loaded.
+
+    `dtype` None: as the checkpoint has it; `device` None: a GPU where there is one.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "masked_diffusion":
         model, tokenizer = load(checkpoint, trust_remote_code, "cpu")
         return model.to(device=device, dtype=dtype), tokenizer
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            checkpoint, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
