@@ -19,7 +19,7 @@ from common.errors import UserError
 
 from ..decoding import Completion, Request, complete_all, load, request, settings_of
 from ..generate import rule_of
-from .autoregressive import context_of, continue_all, load_autoregressive, prompt_ids
+from .autoregressive import context_of, continue_all, identity, load_autoregressive, prompt_ids
 from .folder import PointFolder
 from .grid import digest_of, quality_grid
 from .perplexity import Judge, distinct_2, perplexity
@@ -32,7 +32,8 @@ def quality(args: argparse.Namespace) -> int:
     Raises UserError for bad input, if possible before a model is loaded.
     """
     points, texts = quality_grid(args)
-    shared = {"judge": args.judge, "length": args.length, "texts": args.texts, "seed": args.seed}
+    judge = {"judge": args.judge, "judge_identity": identity(args.judge)}
+    shared = {**judge, "length": args.length, "texts": args.texts, "seed": args.seed}
     folder = PointFolder(args.output, "quality", {**shared, "prompts": digest_of(args.prompts)})
     folder.missing(points)
     with folder.locked():

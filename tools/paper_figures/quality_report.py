@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..generate import rule_of
 from .grid import labels
 
 MARKERS = "osD^vPX*<>"  # of the settings
@@ -57,8 +58,8 @@ def rule_in_force(p: dict[str, Any]) -> str:
     rule = p["point"].get("rule")
     if rule is None:
         return "autoregressive"
-    apart = ("steps", "temperature")
-    added = [f"{k}={v}" for k, v in p["settings"].items() if k not in apart and v and str(v) not in rule]
+    asked = ("steps", "temperature", *rule_of(rule, "--rules"))
+    added = [f"{k}={v}" for k, v in p["settings"].items() if v and k not in asked]
     return rule + (f" (checkpoint: {', '.join(added)})" if added else "")
 
 
