@@ -1,5 +1,6 @@
 """quality.png and quality.md: the points of `python -m tools.figures quality`, drawn and as a table."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def page(points: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "counted; the prompt's are not. ± is a standard error over texts (delta method).",
         "- distinct-2: different pairs of neighbouring tokens ÷ all pairs, over all texts of a point, in the judge's "
         "tokens. It falls with the amount of text, so it compares points of this file alone.",
-        "- An end-of-text token does not end a text.",
+        "- An end-of-text token does not end a text, and is not judged, nor is any special token: where judged tokens "
+        "are far fewer than elsewhere, the writer wrote many, and distinct-2 is of less text.",
         "- An autoregressive model writes token by token at the same temperature; rules do not apply to it.",
         "- The paper gives its figures 3 and 5 without numbers, so none of its points is drawn.",
     ]
@@ -84,7 +86,7 @@ def figure(points: list[dict[str, Any]], settings: dict[str, Any], output: Path)
     for (checkpoint, how), group in series.items():
         style = {"color": colours[checkpoint, how], "marker": MARKERS[kinds.index(how) % len(MARKERS)], "markersize": 6}
         style["linestyle"] = LINES[kinds.index(how) % len(LINES)]
-        values, errors = [p["perplexity"] for p in group], [p["perplexity_error"] or 0 for p in group]
+        values, errors = [p["perplexity"] for p in group], error_bars(group)
         label = f"{names[checkpoint]}: {how}"
         if group[0]["point"]["kind"] == "diffusion":
             steps = [p["point"]["steps"] for p in group]
@@ -108,6 +110,12 @@ def figure(points: list[dict[str, Any]], settings: dict[str, Any], output: Path)
         drawn.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     drawn.savefig(output, dpi=130)
     plt.close(drawn)
+
+
+def error_bars(group: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """(below, above) each perplexity: a standard error of its logarithm, so that no bar reaches 0."""
+    logs = [(p["perplexity"], (p["perplexity_error"] or 0) / p["perplexity"]) for p in group]
+    return [v * (1 - math.exp(-e)) for v, e in logs], [v * (math.exp(e) - 1) for v, e in logs]
 
 
 def colours_of(series: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[tuple[str, str], str]:
