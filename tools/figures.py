@@ -1,16 +1,23 @@
-"""Figures of runs.
+"""The paper's figures, of runs and of exported checkpoints.
 
-python -m tools.figures loss runs/demo                       # runs/demo/loss.png
-python -m tools.figures loss runs/a runs/b --output both.png
+    python -m tools.figures loss runs/demo       # Figure 2, and 6 of fine-tuning runs: runs/demo/loss.png
+    python -m tools.figures loss runs/a runs/b --output both.png
+    python -m tools.figures quality exports/a exports/b --judge gpt2-large --also gpt2    # Figures 3 and 5
+    python -m tools.figures speed exports/a --base gpt2 --lengths 128 256 512   # Figure 4, and its table
+
+`quality` and `speed` keep every measured point in --output, and the same command continues there after a stop.
 """
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
-from common.cli import command, make_parser
+from common.cli import command, make_parser, resumable_command
 from common.errors import UserError
 
+from .paper_figures.quality import quality
+from .paper_figures.speed import speed
 from .run_folder import RunFolder, read_run
 
 WINDOW = 20  # steps of the running mean; fewer in short runs
@@ -100,17 +107,89 @@ def _held_out_names(run: RunFolder) -> list[str]:
     return sorted(name for name in names if name.startswith(run.reported.held_out) and "_to_t" not in name)
 
 
+QUALITY = """Figures 3 and 5: generative perplexity under an autoregressive judge × distinct-2, over decoding steps.
+
+Each CHECKPOINT writes --texts texts by each rule, at each temperature, in each number of steps: from the start token
+alone as in the paper, or after --prompts. Low perplexity with low distinct-2 is repetition, so read both.
+Perplexity is exp of the mean negative log-likelihood of a written token; the text is tokenised anew with the judge's
+tokenizer, whose tokens are counted. distinct-2 is the share of different pairs of neighbouring tokens, over all texts
+of a point, in the judge's tokens too. A text does not end at an end-of-text token.
+
+FOLDER gets quality.json (points and texts), quality.png and quality.md. Points that are there are not written again.
+Others are added beside them, and the figure shows all; another judge, length, number of texts, seed or prompts is
+refused, since such points cannot be compared. The paper gives these figures without numbers, so none are drawn in.
+"""
+
+SPEED = """Figure 4 and the table "Decoding speed": seconds for one sequence over its length and the decoding steps T.
+
+Each point is written --repeats times, one sequence at a time; the median is drawn, with the range. --base, an
+autoregressive model, writes with its KV cache. The paper's times stand in a panel and a table of their own: they are
+of another machine and of models of 7B.
+
+FOLDER gets speed.json, speed.png and speed.md. Points that are there are not measured again, and others are added
+beside them; another device, checkpoint or number of repeats is refused.
+"""
+
+
+def add_quality(verbs: Any) -> None:
+    """The arguments of the verb `quality`."""
+    parser = verbs.add_parser(
+        "quality", help="Figures 3 and 5: perplexity under a judge × distinct-2, over decoding steps and settings",
+        description=QUALITY, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a folder of tools.export, or a Hub name")
+    parser.add_argument("--judge", required=True, metavar="AR", help="autoregressive; gpt2-large in the paper")
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 16, 32, 64], help="default: 8 16 32 64")
+    parser.add_argument("--length", type=int, default=64, help="tokens of the writer in a text; default: %(default)s")
+    parser.add_argument(
+        "--rules", nargs="+", default=["random"], metavar="RULE",
+        help="as of tools.generate --compare: entropy, top_p=0.9, threshold=0.9,block_length=8; default: random",
+    )  # fmt: skip
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0], help="default: 1")
+    parser.add_argument("--texts", type=int, default=64, help="of each point; default: %(default)s")
+    parser.add_argument("--prompts", metavar="FILE", help="a text to continue a line, used in turn; default: none")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts; default: %(default)s")
+    parser.add_argument("--batch_size", type=int, default=8, help="texts at a time; changes no text; default: 8")
+    parser.add_argument("--also", nargs="+", default=[], metavar="AR_MODEL", help="these write too, token by token")
+    parser.add_argument("--output", default="runs/quality", metavar="FOLDER", help="default: %(default)s")
+
+
+def add_speed(verbs: Any) -> None:
+    """The arguments of the verb `speed`."""
+    parser = verbs.add_parser(
+        "speed", help="Figure 4 and the table of decoding speed: seconds for one sequence, over length and steps",
+        description=SPEED, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder of tools.export, or a name on the Hub")
+    parser.add_argument("--base", metavar="AR", help="an autoregressive model to measure beside it")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512], help="default: 128 256 512 tokens")
+    parser.add_argument("--steps", type=int, nargs="+", default=[16, 32, 64, 128], help="default: 16 32 64 128")
+    parser.add_argument(
+        "--rules", nargs="+", default=["random"], metavar="RULE",
+        help="as of tools.generate --compare: entropy, cache=window,block_length=16; default: random",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=3, help="of each point; default: %(default)s")
+    parser.add_argument("--output", default="runs/speed", metavar="FOLDER", help="default: %(default)s")
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Draw a figure and print its path; returns the exit code."""
     parser = make_parser("python -m tools.figures", __doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    loss = verbs.add_parser("loss", help="losses over tokens and the annealing schedule, of one or several runs")
+    loss = verbs.add_parser(
+        "loss", help="Figure 2, and 6 of fine-tuning runs: losses over tokens and the annealing schedule"
+    )
     loss.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     loss.add_argument("--output", metavar="PNG", help="default: loss.png in the first RUN_DIR")
+    add_quality(verbs)
+    add_speed(verbs)
     args = parser.parse_args(argv)
-    print(loss_figure(args.run_dirs, args.output or Path(args.run_dirs[0]) / "loss.png"))
-    return 0
+    if args.verb == "loss":
+        print(loss_figure(args.run_dirs, args.output or Path(args.run_dirs[0]) / "loss.png"))
+        return 0
+    measured = {"quality": quality, "speed": speed}[args.verb]
+    return resumable_command(lambda _: measured(args))(argv)
 
 
 if __name__ == "__main__":

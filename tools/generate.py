@@ -176,8 +176,11 @@ def finished(args: argparse.Namespace, requests: Sequence[Request], settings: Sa
     return len(lines), sum(len(line) + 1 for line in lines)
 
 
-def rule_of(text: str) -> dict[str, Any]:
-    """The settings that an argument of --compare stands for: an order, or name=value pairs with commas."""
+def rule_of(text: str, flag: str = "--compare") -> dict[str, Any]:
+    """The settings that an argument of `flag` stands for: an order, or name=value pairs with commas.
+
+    Raises UserError for others.
+    """
     if text in ORDERS:
         return {"order": text}
     found: dict[str, Any] = {}
@@ -187,7 +190,7 @@ def rule_of(text: str) -> dict[str, Any]:
             found[name] = FLAGS[name][0](value)
         except (KeyError, ValueError):
             raise UserError(
-                f"--compare {text}: expected {', '.join(ORDERS)} or pairs such as threshold=0.9,block_length=8 of "
+                f"{flag} {text}: expected {', '.join(ORDERS)} or pairs such as threshold=0.9,block_length=8 of "
                 f"{', '.join(FLAGS)}"
             ) from None
     return found

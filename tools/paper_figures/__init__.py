@@ -1,0 +1,1 @@
+"""What the verbs `quality` and `speed` of `python -m tools.figures` measure, keep and draw."""
