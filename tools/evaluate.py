@@ -58,7 +58,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch_size", type=int, default=32, help="rows of a model call; changes no score; default: %(default)s"
     )
-    parser.add_argument("--num_fewshot", type=int, help="examples before each question; default: as the task says")
+    parser.add_argument(
+        "--num_fewshot", type=int, help="examples before each question, but none before gaps; default: as the task says"
+    )
     parser.add_argument("--max_gen_toks", type=int, help="tokens that an answer may have; default: as the task says")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 on a GPU, else fp32")
     parser.add_argument(

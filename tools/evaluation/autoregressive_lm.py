@@ -10,6 +10,8 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from common.errors import UserError
+
 from ..decoding import continuation as tokens_of
 from .harness import GENERATED, Answers, Asked, Evaluated, cut, encode_pair, seed_of
 from .likelihood import Score
@@ -69,7 +71,12 @@ class AutoregressiveLM(Evaluated):
         return [found[a.key] for a in asked]
 
     def _request(self, asked: Asked) -> Instance:
-        how: dict[str, Any] = {"until": list(asked.until), "do_sample": False, "max_gen_toks": self._budget(asked)}
+        budget = self._budget(asked)
+        if budget >= self.hf.max_length:
+            raise UserError(
+                f"{budget} tokens are to be written, but the model takes {self.hf.max_length}; see --max_gen_toks"
+            )
+        how: dict[str, Any] = {"until": list(asked.until), "do_sample": False, "max_gen_toks": budget}
         if asked.temperature:
             how |= {"do_sample": True, "temperature": asked.temperature, "top_k": 0}
         context = asked.context or self.tokenizer.decode([self.prefix_token_id])

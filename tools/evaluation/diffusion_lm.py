@@ -260,7 +260,9 @@ class DiffusionLM(Evaluated):
             before = parts[: len(parts) - count - len(after)]
         room = self.max_length - count
         if room < 1:
-            raise UserError(f"{count} tokens are to be written, but the model takes {self.max_length}")
+            raise UserError(
+                f"{count} tokens are to be written, but the model takes {self.max_length}; see --max_gen_toks"
+            )
         if len(before) + len(after) > room:
             self.truncated.add(asked.key)
             after = after[: max(room // 2, room - len(before))]

@@ -24,7 +24,7 @@ def trivia(record: dict) -> dict:
 
 def gsm8k(record: dict) -> dict:
     """GSM8K: the number after #### is the answer."""
-    number = record["answer"].rpartition("####")[2].strip().replace(",", "")
+    number = float(record["answer"].rpartition("####")[2].strip().replace(",", ""))
     return {"question": record["question"], "answer": record["answer"], "number": number}
 
 
@@ -79,7 +79,7 @@ def mawps(record: dict) -> dict:
     if not names[0] or not names[1]:
         raise UserError("MAWPS: a record has no `question` and `answer`, nor `original_text` and `ans`")
     number = str(record[names[1][0]])
-    return {"question": record[names[0][0]], "answer": number.removesuffix(".0")}
+    return {"question": record[names[0][0]], "answer": number.removesuffix(".0"), "number": float(number)}
 
 
 def sat_math(record: dict) -> dict:

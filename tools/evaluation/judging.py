@@ -48,12 +48,12 @@ def last_number(doc: dict, results: list) -> dict[str, float]:
 
 def first_number(doc: dict, results: list) -> dict[str, float]:
     """The first number of the text."""
-    return _hit(text_metrics.same_number(text_metrics.first_number(results[0]), doc["answer"]))
+    return _hit(text_metrics.same_number(text_metrics.first_number(results[0]), doc["number"]))
 
 
 def final_number(doc: dict, results: list) -> dict[str, float]:
     """The last number of the text, after steps of reasoning."""
-    return _hit(text_metrics.same_number(text_metrics.last_number(results[0]), doc["answer"]))
+    return _hit(text_metrics.same_number(text_metrics.last_number(results[0]), doc["number"]))
 
 
 def letter(doc: dict, results: list) -> dict[str, float]:
@@ -78,7 +78,7 @@ def _several(answers: list[Any], right: Callable[[Any], bool]) -> dict[str, floa
 def several_numbers(doc: dict, results: list) -> dict[str, float]:
     """The first numbers of several texts."""
     found = [text_metrics.first_number(text) for text in results[0]]
-    return _several(found, lambda number: text_metrics.same_number(number, doc["answer"]))
+    return _several(found, lambda number: text_metrics.same_number(number, doc["number"]))
 
 
 def several_letters(doc: dict, results: list) -> dict[str, float]:

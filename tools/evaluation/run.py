@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
-from lm_eval import simple_evaluate
+import lm_eval
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from common.errors import UserError
@@ -65,9 +66,9 @@ def _with_examples(task: Task, data_dir: str | None, num_fewshot: int | None, mi
     documents = _documents(task, records[: task.most], source)
     kept = [d for d in documents if d is not None]
     prepared = Prepared(task.name, task, kept, source=source, left_out=len(documents) - len(kept))
-    wanted = task.config.get("num_fewshot") or 0 if num_fewshot is None else num_fewshot
     if "fewshot_config" in task.config:
         return prepared  # its examples are part of the task
+    wanted = task.examples_before(num_fewshot)
     if wanted and task.shots:
         records, source = _records(task.shots, task.shots_hub, (), data_dir)
         if records is None:
@@ -75,8 +76,8 @@ def _with_examples(task: Task, data_dir: str | None, num_fewshot: int | None, mi
         prepared.shots = [d for d in _documents(task, (records or [])[: 4 * wanted], source) if d is not None][:wanted]
     elif wanted:
         prepared.documents, prepared.shots = kept[:-wanted], kept[-wanted:]
-    if len(prepared.shots) < wanted and not missing:
-        raise UserError(f"{task.name}: {wanted} examples are wanted before each question, {source} has fewer")
+    if (len(prepared.shots) < wanted or not prepared.documents) and not missing:
+        raise UserError(f"{task.name}: {wanted} examples are wanted before each question, {source} has too few")
     return prepared
 
 
@@ -103,13 +104,12 @@ def _documents(task: Task, records: list[dict], source: str) -> list[dict | None
     return found
 
 
-def configuration(prepared: Prepared, num_fewshot: int | None, max_gen_toks: int | None) -> dict[str, Any] | str:
-    """lm-eval's configuration of a task, its examples in it."""
-    if prepared.task is None:
-        return prepared.name
+def configuration(prepared: Prepared, num_fewshot: int | None, max_gen_toks: int | None) -> dict[str, Any]:
+    """lm-eval's configuration of one of our tasks, its examples in it."""
+    assert prepared.task is not None, "lm-eval has the configuration of its own tasks"
     config = {**prepared.task.config, "task": prepared.name}
-    if num_fewshot is not None and "fewshot_config" not in config:
-        config["num_fewshot"] = num_fewshot
+    if "fewshot_config" not in config:
+        config["num_fewshot"] = prepared.task.examples_before(num_fewshot)
     if prepared.shots:
         config |= {"fewshot_split": "shots", "fewshot_config": {"sampler": "first_n"}}
     if max_gen_toks is not None and "max_gen_toks" in config.get("generation_kwargs", {}):
@@ -117,6 +117,21 @@ def configuration(prepared: Prepared, num_fewshot: int | None, max_gen_toks: int
     splits = {"test": prepared.documents, **({"shots": prepared.shots} if prepared.shots else {})}
     config["custom_dataset"] = lambda **_: {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
     return config
+
+
+def _made(prepared: Prepared, num_fewshot: int | None, max_gen_toks: int | None, seed: int) -> dict[str, Any]:
+    """lm-eval's task by name; several where the name is of a group."""
+    if prepared.task is None:
+        made = TaskManager().load([prepared.name])["tasks"]
+    else:
+        made = {prepared.name: ConfigurableTask(config=configuration(prepared, num_fewshot, max_gen_toks))}
+    for task in made.values():
+        if num_fewshot is not None and prepared.task is None:
+            task.set_config("num_fewshot", num_fewshot)
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(seed)
+    return made
 
 
 def evaluate(
@@ -133,18 +148,11 @@ def evaluate(
     }
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    chosen: Any = simple_evaluate
-    found = chosen(
-        model=lm,
-        tasks=[configuration(p, num_fewshot, max_gen_toks) for p in tasks],
-        limit=limit,
-        num_fewshot=None,
-        bootstrap_iters=0,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    made: dict[str, Any] = {}
+    for prepared in tasks:
+        made |= _made(prepared, num_fewshot, max_gen_toks, seed)
+    ask: Any = lm_eval.evaluate  # its decorator hides the arguments
+    found = ask(lm=lm, task_dict={"tasks": made}, limit=limit, bootstrap_iters=0)
     if found is None:
         return {}
     lm.answers.reload()

@@ -6,9 +6,10 @@ scripts score, faults included, so that both numbers can stand beside each other
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from lm_eval.tasks import TaskManager
+import lm_eval.tasks
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from common.errors import UserError
@@ -40,12 +41,16 @@ class Task:
     runs_code: bool = False
     note: str = ""  # what is faulty
 
+    def examples_before(self, asked: int | None) -> int:
+        """How many examples stand before each question, where the user asks for so many; gaps have none."""
+        if self.config.get("doc_to_text") == GAP:
+            return 0
+        return self.config.get("num_fewshot") or 0 if asked is None else asked
 
-def lm_eval_config(name: str) -> Config:
-    """lm-eval's own configuration of a task, without where its data is."""
-    entry = TaskManager().task_index[name]
-    assert entry.yaml_path is not None, f"lm-eval has no file for {name}"
-    config = dict(load_yaml(entry.yaml_path))
+
+def lm_eval_config(path: str) -> Config:
+    """lm-eval's own configuration of a task, without where its data is. By path: its index takes seconds to make."""
+    config = dict(load_yaml(Path(lm_eval.tasks.__file__).parent / f"{path}.yaml"))
     for key in ("dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "tag"):
         config.pop(key, None)
     return {**config, "test_split": "test", "should_decontaminate": False}
@@ -53,6 +58,7 @@ def lm_eval_config(name: str) -> Config:
 
 CHOICES = (("acc", "accuracy"), ("acc_norm", "accuracy_norm"))
 ROUGES = tuple((name, name) for name in ("rouge1", "rouge2", "rougeL"))
+GAP = "{{infill.prefix}}"
 GREEDY: Config = {"do_sample": False, "temperature": 0.0}
 
 
@@ -73,34 +79,34 @@ def generation(judge: Callable[[dict, list], dict], metrics: tuple[str, ...], to
 
 def infilling(judge: Callable[[dict, list], dict], metrics: tuple[str, ...], until: tuple[str, ...] = ()) -> Config:
     """A task of gaps: documents have `infill`, with `prefix`, `suffix` and the `middle` whose length is given."""
-    texts = {"doc_to_text": "{{infill.prefix}}", "doc_to_target": "{{infill.middle}}"}
+    texts = {"doc_to_text": GAP, "doc_to_target": "{{infill.middle}}"}
     return generation(judge, metrics, None, until=list(until), **texts)
 
 
 def _tables() -> tuple[list[Task], list[Task], list[Task]]:
     """(Table 1, its faulty twins, Table 9)."""
     lambada = Task(
-        "lambada", ("lambada",), ("cimec/lambada", None, "test"), ("text",), lm_eval_config("lambada_standard"),
+        "lambada", ("lambada",), ("cimec/lambada", None, "test"), ("text",), lm_eval_config("lambada/lambada_standard"),
         (("acc", "accuracy"), ("perplexity", "log_likelihood")),
     )  # fmt: skip
     hellaswag = Task(
         "hellaswag", ("hellaswag",), ("Rowan/hellaswag", None, "validation"),
-        ("activity_label", "ctx_a", "ctx_b", "endings", "label"), lm_eval_config("hellaswag"), CHOICES,
+        ("activity_label", "ctx_a", "ctx_b", "endings", "label"), lm_eval_config("hellaswag/hellaswag"), CHOICES,
     )  # fmt: skip
     winogrande = Task(
         "winogrande", ("winogrande",), ("allenai/winogrande", "winogrande_xl", "validation"),
-        ("sentence", "option1", "option2", "answer"), lm_eval_config("winogrande"), CHOICES[:1],
+        ("sentence", "option1", "option2", "answer"), lm_eval_config("winogrande/default"), CHOICES[:1],
         examples.with_a_blank,
     )  # fmt: skip
     siqa = Task(
         "social_i_qa", ("social_i_qa", "siqa", "social_iqa"), ("lighteval/siqa", None, "validation"),
-        ("context", "question", "answerA", "answerB", "answerC", "label"), lm_eval_config("social_iqa"), CHOICES[:1],
+        ("context", "question", "answerA", "answerB", "answerC", "label"), lm_eval_config("siqa/siqa"), CHOICES[:1],
     )  # fmt: skip
     piqa = Task(
         "piqa", ("piqa",), ("baber/piqa", None, "validation"), ("goal", "sol1", "sol2", "label"),
-        lm_eval_config("piqa"), CHOICES,
+        lm_eval_config("piqa/piqa"), CHOICES,
     )  # fmt: skip
-    trivia_config = lm_eval_config("triviaqa")
+    trivia_config = lm_eval_config("triviaqa/default")
     trivia_config["generation_kwargs"] = {**trivia_config["generation_kwargs"], "max_gen_toks": 24}
     triviaqa = Task(
         "triviaqa", ("triviaqa",), ("mandarjoshi/trivia_qa", "rc.nocontext", "validation"), ("question", "answer"),
@@ -205,7 +211,7 @@ def _mathematics() -> list[Task]:
         generation(judging.letter, ("accuracy",), 8, until=["\n"], doc_to_text="{{problem}}"),
         document=examples.sat_math,
     )  # fmt: skip
-    shown = lm_eval_config("gsm8k_cot")["fewshot_config"]
+    shown = lm_eval_config("gsm8k/gsm8k-cot")["fewshot_config"]
     mawps_steps = generation(judging.final_number, ("accuracy",), 96, until=["\nQ:", "\n\n"])
     mawps_steps |= {"doc_to_text": "Q: {{question}}\nA:", "num_fewshot": 8, "fewshot_config": shown}
     mawps_steps["doc_to_target"] = "{{target if target is defined else answer}}"

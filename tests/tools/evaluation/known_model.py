@@ -112,6 +112,7 @@ def tiny_data(folder: Path) -> Path:
             {"question": "1+1?", "answer": "It is <<1+1=2>>2.\n#### 2"},
             {"question": "2+2?", "answer": "#### 1,004"},
         ],
+        "gsm8k_train": [{"question": "3+1?", "answer": "#### 4"}, {"question": "3+2?", "answer": "#### 5"}],
         "rocstories_cloze": [story] * 2,
         "humaneval_single_line": [code, {**code, "task_id": "t/1", "canonical_solution": "    y = x+1\n"}],
         "squad_sample": [{"context": "The fox is red.", "question": "Which colour?", "answers": ["red", "bright red"]}],
