@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # two environments that shared one folder would rebuild DeepSpeed's extensions for each other
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: help setup demo test test-fast test-transformers lint typecheck format bench llama-cpp gpu-check clean
+.PHONY: help setup demo test test-fast test-transformers lint typecheck format bench experiments llama-cpp gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,6 +66,13 @@ bench: setup .venv-bench/.installed ## measure beside the alternatives; writes t
 	$(BIN)/python benchmarks/corpus.py $(TEXT) --tokenizer $(TOKENIZER) --peers .venv-bench/bin/python
 	$(BIN)/python benchmarks/attention.py
 	$(if $(CHECKPOINT),$(BIN)/python benchmarks/decoding.py $(CHECKPOINT) --base $(BASE),@echo "decoding is not measured: no CHECKPOINT, and make demo has not run")
+
+# `make experiments`: folders of texts to train on and of the tasks' examples; see benchmarks/experiments.py
+CORPORA  ?= corpora
+DATA_DIR ?= eval
+MINUTES  ?= 240
+experiments: setup ## hours: a longer adaptation than the demo's, evaluated beside base and demo
+	$(BIN)/python benchmarks/experiments.py --corpora $(CORPORA) --data_dir $(DATA_DIR) --minutes $(MINUTES)
 
 LLAMA_CPP = .llama.cpp/build/bin/llama-diffusion-cli
 
