@@ -3,6 +3,7 @@
 In a gap such a model continues what stands before it, with as many tokens as a diffusion model has masks.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ class AutoregressiveLM(Evaluated):
         self, model: Any, tokenizer: Any, answers: Answers, seed: int = 0, batch_size: int = 32, progress: bool = True
     ):
         super().__init__(answers, batch_size, model.device, progress)
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is made already
         make: Any = HFLM
         self.hf: Any = make(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.tokenizer, self.seed = tokenizer, seed
