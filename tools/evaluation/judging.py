@@ -27,6 +27,12 @@ def code(doc: dict, results: list) -> dict[str, float]:
     return _hit(code_tasks.passes(problem, middle))
 
 
+def code_line(doc: dict, results: list) -> dict[str, float]:
+    """As `code`, where one line is asked for: the first that is not blank."""
+    lines = [line for line in results[0].split("\n") if line.strip()]
+    return code(doc, lines[:1] or [""])
+
+
 def word_counted_twice(doc: dict, results: list) -> dict[str, float]:
     """The authors' LAMBADA: 2 for a hit."""
     text = results[0][0] if isinstance(results[0], list) else results[0]

@@ -77,10 +77,10 @@ def generation(judge: Callable[[dict, list], dict], metrics: tuple[str, ...], to
     }
 
 
-def infilling(judge: Callable[[dict, list], dict], metrics: tuple[str, ...], until: tuple[str, ...] = ()) -> Config:
+def infilling(judge: Callable[[dict, list], dict], metrics: tuple[str, ...]) -> Config:
     """A task of gaps: documents have `infill`, with `prefix`, `suffix` and the `middle` whose length is given."""
     texts = {"doc_to_text": GAP, "doc_to_target": "{{infill.middle}}"}
-    return generation(judge, metrics, None, until=list(until), **texts)
+    return generation(judge, metrics, None, **texts)
 
 
 def _tables() -> tuple[list[Task], list[Task], list[Task]]:
@@ -126,13 +126,13 @@ def _tables() -> tuple[list[Task], list[Task], list[Task]]:
         Task(
             f"humaneval_{name}", (f"humaneval_{name}",), ("loubnabnl/humaneval_infilling", on_hub, "test"),
             ("task_id", "entry_point", "prompt", "suffix", "canonical_solution", "test"),
-            infilling(judging.code, ("accuracy",), until), (("accuracy", "accuracy"),), examples.code, runs_code=True,
+            infilling(judge, ("accuracy",)), (("accuracy", "accuracy"),), examples.code, runs_code=True,
         )
-        for name, on_hub, until in (
-            ("single_line", "HumanEval-SingleLineInfilling", ("\n",)),
-            ("multi_line", "HumanEval-MultiLineInfilling", ()),
-            ("random_span", "HumanEval-RandomSpanInfilling", ()),
-            ("random_span_light", "HumanEval-RandomSpanInfillingLight", ()),
+        for name, on_hub, judge in (
+            ("single_line", "HumanEval-SingleLineInfilling", judging.code_line),
+            ("multi_line", "HumanEval-MultiLineInfilling", judging.code),
+            ("random_span", "HumanEval-RandomSpanInfilling", judging.code),
+            ("random_span_light", "HumanEval-RandomSpanInfillingLight", judging.code),
         )
     ]  # fmt: skip
     table1 = [triviaqa, lambada, hellaswag, winogrande, siqa, piqa, gsm8k, rocstories, code[0]]

@@ -264,3 +264,15 @@ def test_an_ar_model_gets_as_many_tokens_as_the_gap_had(base_dir, tmp_path):
         [text] = lm.write([Asked("One day", suffix=" ran.", middle=middle, faulty=faulty)])
         new = model.generate(**ids, max_new_tokens=budget, do_sample=False, pad_token_id=0)[0, ids.input_ids.shape[1] :]
         assert text == tokenizer.decode(new, skip_special_tokens=True)
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("text", "passes"),
+    [("    y = x + 1", 1.0), ("\n\n    y = x + 1\n    y = 3", 1.0), ("    y = 3\n    y = x + 1", 0.0), ("\n \n", 0.0)],
+)
+def test_of_a_line_the_first_that_is_not_blank_counts(text, passes, data):
+    from tools.evaluation import judging
+
+    record = json.loads((data / "humaneval_single_line.jsonl").read_text().splitlines()[0])
+    assert judging.code_line(TASKS["humaneval_single_line"].document(record), [text]) == {"accuracy": passes}
