@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import GenerationConfig
 
 from common.errors import UserError
 
 from ..decoding import continuation as tokens_of
-from .harness import GENERATED, Answers, Asked, Evaluated, cut, encode_pair, seed_of
+from .answers import Answers
+from .harness import GENERATED, Asked, Evaluated, cut, encode_pair, seed_of, text_of
 from .likelihood import Score
 
 
@@ -30,7 +32,15 @@ class AutoregressiveLM(Evaluated):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is made already
         make: Any = HFLM
         self.hf: Any = make(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self.hf.tok_decode = self._decode
+        self.hf.model.generation_config = GenerationConfig(pad_token_id=self.hf.tokenizer.pad_token_id)
         self.tokenizer, self.seed = tokenizer, seed
+
+    def _decode(self, tokens: int | Sequence[int], skip_special_tokens: bool = True) -> str:
+        """hf's, which would drop the space before the first word of what is written."""
+        if isinstance(tokens, int) or not skip_special_tokens:
+            return self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return text_of(list(tokens), self.tokenizer)
 
     @property
     def eot_token_id(self) -> int:
@@ -55,6 +65,8 @@ class AutoregressiveLM(Evaluated):
     def score(self, asked: Sequence[Asked]) -> list[Score]:
         pairs = [encode_pair(self, a.context, a.continuation) for a in asked]
         for a, (context, target) in zip(asked, pairs):
+            if len(target) > self.hf.max_length:
+                raise UserError(f"{len(target)} tokens are to be scored, but the model takes {self.hf.max_length}")
             if len(context) + len(target) > self.hf.max_length + 1:
                 self.truncated.add(a.key)
         requests = [((a.context, a.continuation), c, t) for a, (c, t) in zip(asked, pairs)]
@@ -62,10 +74,13 @@ class AutoregressiveLM(Evaluated):
         return [Score(float(value), 0.0, len(t), bool(same)) for (value, same), (_, t) in zip(found, pairs)]
 
     def write(self, asked: Sequence[Asked]) -> list[str]:
-        """Drawn texts one at a time, each from its own seed, so that no text depends on its batch."""
-        drawn = [a for a in asked if a.temperature]
+        """Drawn texts one at a time, each from its own seed, so that no text depends on its batch.
+
+        Those without a context too: hf decides by the first of a batch whether all get a start token.
+        """
+        alone = [a for a in asked if a.temperature or not a.context]
         found = {}
-        for group in [[a for a in asked if not a.temperature], *([a] for a in drawn)]:
+        for group in [[a for a in asked if a not in alone], *([a] for a in alone)]:
             if group and group[0].temperature:
                 torch.manual_seed(seed_of(group[0], self.seed))
             texts = self.hf.generate_until([self._request(a) for a in group], disable_tqdm=True) if group else []
@@ -78,6 +93,8 @@ class AutoregressiveLM(Evaluated):
             raise UserError(
                 f"{budget} tokens are to be written, but the model takes {self.hf.max_length}; see --max_gen_toks"
             )
+        if len(self.tok_encode(asked.context)) + budget > self.hf.max_length:
+            self.truncated.add(asked.key)
         how: dict[str, Any] = {"until": list(asked.until), "do_sample": False, "max_gen_toks": budget}
         if asked.temperature:
             how |= {"do_sample": True, "temperature": asked.temperature, "top_k": 0}

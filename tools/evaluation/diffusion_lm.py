@@ -21,7 +21,8 @@ from pretrain.model.settings import SamplingSettings
 
 from ..decoding import continuation as tokens_of
 from ..decoding import encode_parts
-from .harness import GENERATED, Answers, Asked, Evaluated, cut, encode_pair, seed_of
+from .answers import Answers
+from .harness import GENERATED, Asked, Evaluated, cut, encode_pair, seed_of, text_of
 from .likelihood import Score, draw, estimate, random_for
 
 PAPER_STEPS = 32  # the authors' T
@@ -69,12 +70,15 @@ class DiffusionLM(Evaluated):
     @property
     def eot_token_id(self) -> int:
         token = self.tokenizer.eos_token_id
-        return start_token(self.model.config) if token is None else token
+        return self.prefix_token_id if token is None else token
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
-        return start_token(self.model.config)
+        """What stands before a text without a context. Raises UserError where the model names no such token."""
+        try:
+            return start_token(self.model.config)
+        except ValueError as error:
+            raise UserError(f"a text without a context is to be scored: {error}") from None
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids as the tokenizer gives them, without an end-of-text token that it may append."""
@@ -201,6 +205,8 @@ class DiffusionLM(Evaluated):
             asked = wanted.masked_fill(at, self.mask_token_id)
             right = torch.ones(len(part), dtype=torch.bool)
             arguments = {"attention_mask": real.to(self.device), "eos_token_id": -1, **vars(greedy)}
+            # of the random order
+            arguments["generator"] = [_generator(self.likelihood.seed, c + t) for c, t in part]
             for state in self.model.diffusion_states(asked.to(self.device), **arguments):
                 ids, masked = state.ids.cpu(), state.masked.cpu()
                 right &= ((ids == wanted) | masked | ~at).all(dim=1)
@@ -238,7 +244,7 @@ class DiffusionLM(Evaluated):
         texts = []
         for a, (row_ids, begin, count), row in zip(asked, gaps, out):
             first = width - len(row_ids) + begin
-            texts.append(cut(self._text(row[first : first + count].tolist()), a.until))
+            texts.append(cut(text_of(row[first : first + count].tolist(), self.tokenizer), a.until))
         return texts
 
     def _with_masks(self, asked: Asked) -> tuple[list[int], int, int]:
@@ -269,14 +275,13 @@ class DiffusionLM(Evaluated):
             before = before[-(room - len(after)) :]
         return [*before, *[self.mask_token_id] * count, *after], len(before), count
 
-    def _text(self, ids: list[int]) -> str:
-        """The text of tokens in the middle; sentencepiece would drop the space before a first word."""
-        anchor = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        plain: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(anchor + ids, **plain)[len(self.tokenizer.decode(anchor, **plain)) :]
-
     def _generator(self, asked: Asked) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(asked, self.likelihood.seed))
+
+
+def _generator(seed: int, ids: Sequence[int]) -> torch.Generator:
+    """Random numbers of a row of tokens, whatever its batch."""
+    return torch.Generator().manual_seed(int(random_for(seed, ids).integers(2**62)))
 
 
 def _padded_left(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

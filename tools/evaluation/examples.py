@@ -1,17 +1,49 @@
 """From records as data sets publish them to the documents that tasks ask about. None: the record is left out."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from common.errors import UserError
 
 INSTRUCTION = "Complete the missing line of the following Python function.\n\n"
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"']?\s+")
+SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"']))\s+")
 
 
-def with_a_blank(record: dict) -> dict | None:
+def passage(record: dict) -> dict | None:
+    """LAMBADA: a passage without a last word cannot be asked."""
+    text = record["text"].strip()
+    return {"text": text} if " " in text else None
+
+
+def labelled(record: dict, label: str, choices: Sequence[str], first: int = 0) -> dict | None:
+    """A question with its right choice, numbered from `first`; without one, or with an empty choice, it is left out."""
+    number = str(record[label]).strip()
+    if not number.isdigit() or not first <= int(number) < first + len(choices):
+        return None
+    return record if all(choice.strip() for choice in choices) else None
+
+
+def hellaswag(record: dict) -> dict | None:
+    """HellaSwag; its public test split has no labels."""
+    return labelled(record, "label", record["endings"])
+
+
+def piqa(record: dict) -> dict | None:
+    """PIQA."""
+    found = labelled(record, "label", (record["sol1"], record["sol2"]))
+    return None if found is None else {**found, "label": int(found["label"])}
+
+
+def social_i_qa(record: dict) -> dict | None:
+    """Social IQa; its labels count from 1."""
+    return labelled(record, "label", [record[f"answer{letter}"] for letter in "ABC"], first=1)
+
+
+def winogrande(record: dict) -> dict | None:
     """WinoGrande: a sentence without its blank cannot be asked."""
-    return record if "_" in record["sentence"] else None
+    found = labelled(record, "answer", (record["option1"], record["option2"]), first=1)
+    return found if "_" in record["sentence"] else None
 
 
 def trivia(record: dict) -> dict:
@@ -47,10 +79,10 @@ def story(record: dict) -> dict | None:
     return gap(" ".join(sentences[:2]), " " + sentences[2], " " + " ".join(sentences[3:]))
 
 
-def last_word(record: dict) -> dict:
+def last_word(record: dict) -> dict | None:
     """LAMBADA as a gap at the end."""
-    before, _, word = record["text"].rpartition(" ")
-    return gap(before, " " + word, "")
+    before, _, word = record["text"].strip().rpartition(" ")
+    return None if not before else gap(before, " " + word, "")
 
 
 def squad(record: dict) -> dict:

@@ -1,7 +1,7 @@
 """What lm-evaluation-harness asks, answered by any of our models: remembered, in batches of like length, on ranks.
 
-In: lm-eval's requests. Out: its answers, each also appended to OUT/answers/ with what the harness has no place for
-(standard errors, numbers of tokens), so that a stopped evaluation goes on where it was.
+In: lm-eval's requests. Out: its answers, each also remembered with what the harness has no place for: standard errors and
+numbers of tokens.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 
+from .answers import Answers
 from .likelihood import Score
 
 GENERATED = 256  # tokens of a text where a task names no number; lm-eval's default
@@ -40,47 +40,12 @@ class Asked:
     temperature: float = 0.0
     suffix: str | None = None  # of a gap: what follows it
     middle: str | None = None  # … and what stood there: its number of tokens is given
-    number: int = 0  # of this text among the same requests
+    number: int = 0  # of a drawn text: the example's, and which of its texts
 
     @property
     def key(self) -> str:
         """The same for the same request, whoever asks."""
         return hashlib.sha256(json.dumps(asdict(self), ensure_ascii=False).encode()).hexdigest()[:24]
-
-
-class Answers:
-    """OUT/answers/rank*.jsonl: a line {"key", "answer"} for each request that has been answered, by any rank."""
-
-    def __init__(self, folder: Path, rank: int = 0):
-        self.folder, self.rank = folder, rank
-        folder.mkdir(parents=True, exist_ok=True)
-        self.known = self._read()
-        self._file = open(folder / f"rank{rank}.jsonl", "ab", buffering=0)  # noqa: SIM115 (closed with the process)
-
-    def _read(self) -> dict[str, Any]:
-        found = {}
-        for path in sorted(self.folder.glob("rank*.jsonl")):
-            content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]  # a last line without its end was cut off by a kill
-            if len(whole) < len(content) and path.name == f"rank{self.rank}.jsonl":
-                path.write_bytes(whole)
-            for number, line in enumerate(whole.splitlines(), start=1):
-                try:
-                    record = json.loads(line)
-                    found[record["key"]] = record["answer"]
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(f"{path}:{number} is damaged; remove that line, and it is computed again") from None
-        return found
-
-    def add(self, answers: dict[str, Any]) -> None:
-        """Append answers by key."""
-        lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
-        self._file.write("".join(lines).encode())
-        self.known |= answers
-
-    def reload(self) -> None:
-        """Read again what all ranks have written."""
-        self.known = self._read()
 
 
 class Evaluated(TemplateLM):
@@ -91,7 +56,7 @@ class Evaluated(TemplateLM):
     def __init__(self, answers: Answers, batch_size: int, device: torch.device, progress: bool = True):
         super().__init__()
         self.answers, self.batch_rows, self.progress = answers, batch_size, progress
-        self.truncated: set[str] = set()  # keys of requests whose context did not fit
+        self.truncated: set[str] = set()  # keys of requests that were longer than the model takes
         self.only_compared: set[str | None] = set()  # tasks of choices, which do not ask for is_greedy
         self._device = device
         if dist.is_initialized():
@@ -107,7 +72,7 @@ class Evaluated(TemplateLM):
 
     @abstractmethod
     def size(self, asked: Asked) -> tuple[int, int]:
-        """(tokens of the longest row, rows that a model reads)."""
+        """(a length to sort by, rows that a model reads)."""
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """lm-eval's: (log-likelihood in nats, whether greedy decoding gives the continuation)."""
@@ -117,21 +82,28 @@ class Evaluated(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """lm-eval's: a text for each request. A document with `infill` asks for what stands in its gap."""
-        asked, numbers = [], Counter()
+        asked, drawn = [], Counter()
         for r in requests:
             one = self._to_write(r)
-            asked.append(replace(one, number=numbers[one] if one.temperature else 0))
-            numbers[one] += 1
+            if one.temperature:  # a number of its own, whatever ranks there are
+                one = replace(one, number=1000 * (r.doc_id or 0) + drawn[r.task_name, r.doc_id])
+                drawn[r.task_name, r.doc_id] += 1
+            asked.append(one)
         return self._answered(asked, self.write, "texts")
 
     def _to_write(self, request: Instance) -> Asked:
         context, how = request.arguments[:2]
         gap = request.doc.get("infill") if isinstance(request.doc, dict) else None
         until = how.get("until") or ()
+        if gap is not None:
+            # the authors' instruction before code, which only autoregressive models got
+            before = request.doc.get("instruction", "") if self.kind == "autoregressive" else ""
+            context = before + gap["prefix"]
+        lengths = [how[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if how.get(name)]
         return Asked(
-            context if gap is None else gap["prefix"],
+            context,
             faulty=_is_faulty(request),
-            max_tokens=how.get("max_gen_toks"),
+            max_tokens=lengths[0] if lengths else None,
             until=(until,) if isinstance(until, str) else tuple(until),
             temperature=float(how.get("temperature") or 0.0) if how.get("do_sample", True) else 0.0,
             suffix=None if gap is None else gap["suffix"],
@@ -151,7 +123,7 @@ class Evaluated(TemplateLM):
             for batch in batches(missing, [sizes[a.key][1] for a in missing], self.batch_rows):
                 found = answer(batch)
                 plain = [asdict(a) if isinstance(a, Score) else a for a in found]
-                self.answers.add({a.key: one for a, one in zip(batch, plain, strict=True)})
+                self.answers.add({a.key: one for a, one in zip(batch, plain, strict=True)}, self.truncated)
                 bar.update(sum(sizes[a.key][1] for a in batch))
         return [self.answers.known[a.key] for a in asked]
 
@@ -197,13 +169,25 @@ def batches(items: Sequence[Asked], rows: Sequence[int], most: int) -> Iterator[
 
 
 def encode_pair(lm: Evaluated, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """(context, continuation) ids as lm-eval encodes them: together; no context is the prefix token."""
+    """(context, continuation) ids as lm-eval encodes them: together; no context is the prefix token.
+
+    Raises UserError for an empty continuation.
+    """
+    if not continuation:
+        raise UserError(f"there is nothing to score after {context[-60:]!r}")
     if context:
         return lm._encode_pair(context, continuation)
     ids = lm.tok_encode(continuation, add_special_tokens=False)
     if ids[:1] == [lm.prefix_token_id]:
         return ids[:1], ids[1:]
     return [lm.prefix_token_id], ids
+
+
+def text_of(ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of tokens in the middle of one; sentencepiece would drop the space before a first word."""
+    anchor = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    plain: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return tokenizer.decode([*anchor, *ids], **plain)[len(tokenizer.decode(anchor, **plain)) :]
 
 
 def cut(text: str, until: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 lm-eval calls these as `process_results(doc, results)`: `results` holds one text, or where several were drawn a list.
 """
 
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,11 @@ def several_letters(doc: dict, results: list) -> dict[str, float]:
 
 
 def several_texts(doc: dict, results: list) -> dict[str, float]:
-    """Several texts, the same where they are once normalised."""
-    right = {text_metrics.normalised(alias) for alias in doc["answer"]["aliases"]}
-    return _several([text_metrics.normalised(text) for text in results[0]], lambda text: text in right)
+    """Several texts, the same up to what lm-eval's exact match of TriviaQA ignores; empty ones are no answer."""
+    right = {_plain(alias) for alias in doc["answer"]["aliases"]}
+    return _several([_plain(text) or None for text in results[0]], lambda text: text in right)
+
+
+def _plain(text: str) -> str:
+    """A text without capitals, punctuation and the space around it."""
+    return text.strip().lower().translate(str.maketrans("", "", string.punctuation))

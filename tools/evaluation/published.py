@@ -23,12 +23,7 @@ class PublishedRow:
 TASKS = ("triviaqa", "lambada", "hellaswag", "winogrande", "siqa", "piqa", "gsm8k", "rocstories", "code")
 
 # other names of the tasks that these columns stand for
-ALIASES = {
-    "triviaqa_paper": "triviaqa",
-    "social_iqa": "siqa",
-    "humaneval_infill": "code",
-    "humaneval_infilling": "code",
-}
+ALIASES = {"social_i_qa": "siqa", "social_iqa": "siqa", "humaneval_single_line": "code"}
 
 
 def _row(model: str, size: str, kind: str, *scores: Score) -> PublishedRow:

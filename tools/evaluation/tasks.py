@@ -87,24 +87,26 @@ def _tables() -> tuple[list[Task], list[Task], list[Task]]:
     """(Table 1, its faulty twins, Table 9)."""
     lambada = Task(
         "lambada", ("lambada",), ("cimec/lambada", None, "test"), ("text",), lm_eval_config("lambada/lambada_standard"),
-        (("acc", "accuracy"), ("perplexity", "log_likelihood")),
+        (("acc", "accuracy"), ("perplexity", "log_likelihood")), examples.passage,
     )  # fmt: skip
     hellaswag = Task(
         "hellaswag", ("hellaswag",), ("Rowan/hellaswag", None, "validation"),
         ("activity_label", "ctx_a", "ctx_b", "endings", "label"), lm_eval_config("hellaswag/hellaswag"), CHOICES,
+        examples.hellaswag,
     )  # fmt: skip
     winogrande = Task(
         "winogrande", ("winogrande",), ("allenai/winogrande", "winogrande_xl", "validation"),
         ("sentence", "option1", "option2", "answer"), lm_eval_config("winogrande/default"), CHOICES[:1],
-        examples.with_a_blank,
+        examples.winogrande,
     )  # fmt: skip
     siqa = Task(
         "social_i_qa", ("social_i_qa", "siqa", "social_iqa"), ("lighteval/siqa", None, "validation"),
         ("context", "question", "answerA", "answerB", "answerC", "label"), lm_eval_config("siqa/siqa"), CHOICES[:1],
+        examples.social_i_qa,
     )  # fmt: skip
     piqa = Task(
         "piqa", ("piqa",), ("baber/piqa", None, "validation"), ("goal", "sol1", "sol2", "label"),
-        lm_eval_config("piqa/piqa"), CHOICES,
+        lm_eval_config("piqa/piqa"), CHOICES, examples.piqa,
     )  # fmt: skip
     trivia_config = lm_eval_config("triviaqa/default")
     trivia_config["generation_kwargs"] = {**trivia_config["generation_kwargs"], "max_gen_toks": 24}
@@ -124,15 +126,15 @@ def _tables() -> tuple[list[Task], list[Task], list[Task]]:
     )  # fmt: skip
     code = [
         Task(
-            f"humaneval_{name}", (f"humaneval_{name}",), ("loubnabnl/humaneval_infilling", on_hub, "test"),
+            f"humaneval_{name}", (f"humaneval_{published}", f"humaneval_{name}"), ("loubnabnl/humaneval_infilling", on_hub, "test"),
             ("task_id", "entry_point", "prompt", "suffix", "canonical_solution", "test"),
             infilling(judge, ("accuracy",)), (("accuracy", "accuracy"),), examples.code, runs_code=True,
         )
-        for name, on_hub, judge in (
-            ("single_line", "HumanEval-SingleLineInfilling", judging.code_line),
-            ("multi_line", "HumanEval-MultiLineInfilling", judging.code),
-            ("random_span", "HumanEval-RandomSpanInfilling", judging.code),
-            ("random_span_light", "HumanEval-RandomSpanInfillingLight", judging.code),
+        for name, published, on_hub, judge in (
+            ("single_line", "single_line_infilling", "HumanEval-SingleLineInfilling", judging.code_line),
+            ("multi_line", "multi_line_infilling", "HumanEval-MultiLineInfilling", judging.code),
+            ("random_span", "random_span_infilling", "HumanEval-RandomSpanInfilling", judging.code),
+            ("random_span_light", "random_span_infilling_light", "HumanEval-RandomSpanInfillingLight", judging.code),
         )
     ]  # fmt: skip
     table1 = [triviaqa, lambada, hellaswag, winogrande, siqa, piqa, gsm8k, rocstories, code[0]]
@@ -174,7 +176,7 @@ def _faulty(
     code_paper = replace(
         code, name=f"{code.name}_paper", document=examples.code_with_instruction,
         note="autoregressive models get an instruction in English first (its words here are ours) and as many tokens "
-        "as the line has characters",
+        "as the line has characters; no problem is left out for its length",
     )  # fmt: skip
     return [triviaqa_paper, lambada_paper, *choices, winogrande_paper, rocstories_paper, code_paper]
 
