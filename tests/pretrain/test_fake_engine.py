@@ -23,7 +23,7 @@ from pretrain.data import TrainData
 from pretrain.objectives import OBJECTIVES, make_objective
 from pretrain.optimization import learning_rate, parameter_groups
 from pretrain.runtime.guards import Guard
-from pretrain.runtime.metrics import MACHINE, read_metrics
+from pretrain.runtime.metrics import read_metrics, reproducible
 from pretrain.runtime.stop import STOPPED, StopRequest
 from pretrain.step import read_step, train_step
 
@@ -167,7 +167,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def numbers(run: trainer.Trainer) -> list[dict]:
     """The lines of metrics.jsonl, without what depends on the machine."""
-    return [{k: v for k, v in line.items() if k not in MACHINE} for line in read_metrics(run.config.run_dir)]
+    return [reproducible(line) for line in read_metrics(run.config.run_dir)]
 
 
 def checkpoints(run: trainer.Trainer) -> list[int]:
