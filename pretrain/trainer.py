@@ -247,13 +247,15 @@ class Trainer:
         if stopping and self.done < self.steps:
             reason = self.stop.reason or "another rank"
             log.info("%s asked to stop; saved step %d of %d", reason, self.done, self.steps)
-        waits = self.done >= self.steps and self.evaluation.running
-        if not waits:
+        if self.done < self.steps or not self.evaluation.running:
             self._conclude()
         self.watchdog.at(self.done, "waiting for the others to end")
         dist.barrier()  # a launcher kills the others when one leaves with a code
         self.watchdog.close()
-        if waits:  # alone: the other ranks have left
+
+    def wait_for_evaluation(self) -> None:
+        """After `run`, and once this rank has left the others: wait for the last scores of a finished run."""
+        if self.evaluation.running:
             self.evaluation.wait(self.stop.requested)
             self._conclude()
 
