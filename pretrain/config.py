@@ -130,6 +130,23 @@ class WandbConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Tasks asked of checkpoints while the run goes on, by a process of its own: python -m tools.evaluate_run."""
+
+    tasks: str = ""  # names with commas, as tools.evaluate takes them; empty: none
+    every: int = setting(0, at_least=0)  # steps, a multiple of checkpoint.every; the last too. 0: never
+    limit: int = setting(0, at_least=0)  # examples a task; 0: all
+    data_dir: str | None = None  # folder of the tasks' files; null: the Hub
+    likelihood: str | None = None  # as tools.evaluate's; null: its default
+    draws: int | None = setting(None, above=0)  # of each likelihood; null: tools.evaluate's default
+    # cpu: training has the GPUs of its node. cuda is for launch=false, on a node of its own.
+    device: Literal["cpu", "cuda"] = "cpu"
+    launch: bool = True  # rank 0 starts the process; false: another job is it, slurm/evaluate_run.sh
+    # At the end of a finished run, rank 0 waits so long for what is still to be evaluated. 0: not at all.
+    wait_minutes: float = setting(30, at_least=0)
+
+
+@dataclass
 class RunConfig:
     run_dir: str = setting("runs/default", may_change=True)
     objective: Literal["masked_diffusion", "autoregressive"] = "masked_diffusion"
@@ -141,6 +158,7 @@ class RunConfig:
     optimizer: OptimizerConfig = setting(OptimizerConfig)
     checkpoint: CheckpointConfig = setting(CheckpointConfig, may_change=True)
     validation: ValidationConfig = setting(ValidationConfig, may_change=True)
+    evaluation: EvaluationConfig = setting(EvaluationConfig, may_change=True)
     guards: GuardConfig = setting(GuardConfig, may_change=True)
     wandb: WandbConfig = setting(WandbConfig, may_change=True)
 
@@ -169,6 +187,7 @@ def total_steps(config: RunConfig, seq_len: int) -> int:
 def check_run(config: RunConfig) -> None:
     """Raise UserError for values that cannot work together, before anything is loaded."""
     check_bounds(config)
+    _check_evaluation(config)
     if config.objective != "masked_diffusion":
         return  # what follows are its settings
     forms = ("none", *ANNEALED)
@@ -183,3 +202,21 @@ def check_run(config: RunConfig) -> None:
         )
     if config.diffusion.time_sampling == "complementary" and config.diffusion.eps >= 0.5:
         raise UserError(f"diffusion.eps is {config.diffusion.eps}; complementary times t and 1 - t need less than 0.5")
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """Checkpoints must be there to be evaluated. Whether there are such tasks, the evaluating process says."""
+    asked, saved = config.evaluation, config.checkpoint
+    if not asked.tasks and not asked.every:
+        return
+    if not asked.tasks:
+        raise UserError(f"evaluation.every is {asked.every}, but evaluation.tasks names no task; try lambada,piqa")
+    if not asked.every:
+        raise UserError(f"evaluation.tasks is {asked.tasks!r}, but evaluation.every is 0 steps; set both or neither")
+    if not saved.keep:
+        raise UserError("evaluation.every needs checkpoints, but checkpoint.keep is 0; set it to 1 or more")
+    if not saved.every or asked.every % saved.every:
+        raise UserError(
+            f"evaluation.every is {asked.every}, expected a multiple of checkpoint.every, which is {saved.every}; "
+            f"try checkpoint.every={asked.every}"
+        )

@@ -93,10 +93,13 @@ def main(argv: list[str] | None = None) -> int:
     from pretrain.trainer import Trainer
 
     try:
-        return Trainer(config, base, tokenizer, mask_token_id, ds_config).run()
+        trainer = Trainer(config, base, tokenizer, mask_token_id, ds_config)
+        code = trainer.run()
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
+    trainer.wait_for_evaluation()
+    return code
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from .flops import peak_flops, step_flops
 from .objectives import make_objective
 from .optimization import learning_rate, parameter_groups
 from .runtime.checkpoint import find_checkpoint, save_checkpoint
+from .runtime.evaluation import Evaluation
 from .runtime.guards import Guard, write_incident
 from .runtime.metrics import MetricLogger, read_metrics
 from .runtime.resume import find_resume_checkpoint, load_checkpoint, offload_device, write_run
@@ -94,6 +95,7 @@ class Trainer:
         state = found[1].get("guard") if found else None
         self.guard = Guard.restored(config.guards, self.objective.reported.compared, state)
         self.metrics = MetricLogger(config, self.done, self.steps, enabled=self.rank == 0)
+        self.evaluation = Evaluation(config, self.metrics, self.done, enabled=self.rank == 0)
         if self.done:
             how = "complete at" if self.done >= self.steps else "resuming from"
             log.info("%s: %s step %d of %d", config.run_dir, how, self.done, self.steps)
@@ -105,6 +107,7 @@ class Trainer:
         """
         if self.done == 0:
             self.metrics.log({"step": 0, "tokens": 0, **self._validated(base=True)})
+        self.evaluation.start()
         interval = self.config.train.exit_interval
         end = min(self.steps, self.done + interval) if interval else self.steps
         stopping = 0
@@ -156,6 +159,7 @@ class Trainer:
         if self.done == self.steps or validates or (every and self.done % every == 0):
             record |= self._validated()
         self.metrics.log(record)
+        self.evaluation.look(self.done, stopping=bool(self.stop.reason))
 
     def _validated(self, base: bool = False) -> dict[str, float]:
         """Held-out losses; at step 0 (`base`) also what they are compared with."""
@@ -228,6 +232,7 @@ class Trainer:
         self.guard.skip_batches(*batches)
         self.done = load_checkpoint(self.engine, found)
         self.metrics.rewind(self.done)
+        self.evaluation.rewind(self.done)
         log.warning("%s; back to step %d, passing over batches %d to %d", about, self.done, *batches)
         return True
 
@@ -242,13 +247,21 @@ class Trainer:
         if stopping and self.done < self.steps:
             reason = self.stop.reason or "another rank"
             log.info("%s asked to stop; saved step %d of %d", reason, self.done, self.steps)
-        self._conclude()
+        if self.done < self.steps or not self.evaluation.running:
+            self._conclude()
         self.watchdog.at(self.done, "waiting for the others to end")
         dist.barrier()  # a launcher kills the others when one leaves with a code
         self.watchdog.close()
 
+    def wait_for_evaluation(self) -> None:
+        """After `run`, and once this rank has left the others: wait for the last scores of a finished run."""
+        if self.evaluation.running:
+            self.evaluation.wait(self.stop.requested)
+            self._conclude()
+
     def _conclude(self) -> None:
         """Close the metrics, and give the verdict on them."""
+        self.evaluation.close()
         self.metrics.close()
         if self.rank == 0:
             found = read_metrics(self.config.run_dir)

@@ -19,7 +19,7 @@ import pytest
 from forked import Forked
 
 from data_prep.config import PrepareConfig, SourceConfig
-from pretrain.runtime.metrics import MACHINE
+from pretrain.runtime.metrics import reproducible
 
 ROOT = Path(__file__).resolve().parents[1]
 TALES = ROOT / "data_prep" / "demo" / "tales.jsonl"
@@ -91,12 +91,12 @@ def tiny_config(family: str, vocabulary: int = VOCABULARY):
 def assert_same_metrics(a: list[dict], b: list[dict], rel: float = 0.0) -> None:
     """Two runs are the same run: the same steps, the same metrics in each, every value equal.
 
-    Equal to the bit, or within `rel` of each other. Only what depends on the machine is left out.
+    Equal to the bit, or within `rel` of each other. Only what depends on the machine is left out, and evaluations.
     """
     assert a, "there is nothing to compare"
     assert [m["step"] for m in a] == [m["step"] for m in b]
     for one, other in zip(a, b):
-        one, other = ({k: v for k, v in m.items() if k not in MACHINE} for m in (one, other))
+        one, other = reproducible(one), reproducible(other)
         assert one.keys() == other.keys(), f"step {one['step']} has different metrics"
         for key, value in one.items():
             expected = pytest.approx(other[key], rel=rel, abs=0) if rel else other[key]

@@ -39,12 +39,12 @@ from transformers import (
 
 from common.cli import command, make_parser
 from common.errors import UserError
-from common.files import atomic_folder, sha256_of
+from common.files import atomic_folder
 from common.log import log
 from pretrain import adapt
 from pretrain.config import ModelConfig
 from pretrain.model.modeling_diffullama import DiffusionModel, diffusion_class
-from pretrain.runtime.checkpoint import find_checkpoint
+from pretrain.runtime.checkpoint import checkpoint_id, find_checkpoint
 
 from . import llama_cpp, repository
 from .card import write_card
@@ -196,11 +196,6 @@ def _trained(run: RunFolder, step: int | None) -> tuple[Mapping[str, Weight], di
         )
     folder, about = found
     return trained_weights(folder, about["zero_stage"]), {**about, "checkpoint": checkpoint_id(folder)}
-
-
-def checkpoint_id(folder: Path) -> str:
-    """Tells a checkpoint from another one of the same step, as a run has them that is rolled back or begun again."""
-    return sha256_of(folder / "checkpoint.json")[:16]
 
 
 def _finish_config(model: PreTrainedModel, about: dict, objective: str) -> None:

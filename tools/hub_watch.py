@@ -15,9 +15,10 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.log import log
+from pretrain.runtime.checkpoint import checkpoint_id
 
 from . import repository
-from .export import checkpoint_id, export
+from .export import export
 from .health import planned_steps, silent_seconds
 from .repository import HubUnreachable
 from .run_folder import RunFolder, read_run
@@ -202,7 +203,7 @@ def _export_and_push(job: Watch, step: int, targets: list[str]) -> None:
         try:
             export(job.run_dir, folder, step, job.dtype)
         except (UserError, OSError):
-            if not _disappears(job.run_dir / "checkpoints" / f"step_{step:08d}"):
+            if not disappears(job.run_dir / "checkpoints" / f"step_{step:08d}"):
                 raise
             _report_gone(job, [step])
             return
@@ -212,7 +213,7 @@ def _export_and_push(job: Watch, step: int, targets: list[str]) -> None:
     shutil.rmtree(folder)
 
 
-def _disappears(checkpoint: Path) -> bool:
+def disappears(checkpoint: Path) -> bool:
     """Whether training is deleting it: waits until the folder is gone, or for so long that it will stay."""
     deadline = time.monotonic() + DELETION_SECONDS
     while checkpoint.exists() and time.monotonic() < deadline:

@@ -26,6 +26,11 @@ ADAM_BYTES = 12  # a parameter: fp32 copy and two moments
 SPARE = 1.1  # times the newest checkpoint's size that must be free before another is written
 
 
+def checkpoint_id(folder: Path) -> str:
+    """Tells a checkpoint from another one of the same step, as a run has them that is rolled back or begun again."""
+    return sha256_of(folder / "checkpoint.json")[:16]
+
+
 def verify_checkpoint(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None where its files are what checkpoint.json says. All ranks share the work."""
     try:

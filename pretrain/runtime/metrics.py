@@ -30,6 +30,8 @@ MACHINE = (
     "goodput",
 )
 
+EVALUATED = "eval_"  # keys of evaluations begin so; they are added to a step's line when they are known
+
 SHOWN = (  # beside the bar
     ("loss", "loss", ".3f"),
     ("masked CE", "masked_ce", ".3f"),
@@ -53,6 +55,56 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     return records
 
 
+def reproducible(record: dict) -> dict:
+    """A line of metrics.jsonl without what depends on the machine, or on how soon a checkpoint was evaluated."""
+    return {k: v for k, v in record.items() if k not in MACHINE and not k.startswith(EVALUATED)}
+
+
+def amend(run_dir: str | Path, values: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Add `values`, by step, to the lines of metrics.jsonl; returns what was not there before.
+
+    A step without a line is left out. The file is replaced: who has it open must open it again.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    begins = {f'{{"step": {step},'.encode(): step for step in values}
+    new = {}
+    for number, line in enumerate(lines):
+        step = begins.get(line[: line.find(b",") + 1])
+        if step is None:
+            continue
+        record = json.loads(line)
+        changed = {k: v for k, v in values[step].items() if k not in record or record[k] != v}
+        if changed:
+            lines[number] = (json.dumps(record | changed) + "\n").encode()
+            new[step] = changed
+    if new:
+        write_atomically(path, b"".join(lines))
+    return new
+
+
+def start_wandb(config: RunConfig) -> Any:
+    """The run in wandb, begun or gone on with; its id is in RUN_DIR/wandb_id."""
+    import wandb
+
+    run_dir = Path(config.run_dir)
+    marker = run_dir / "wandb_id"
+    if not marker.exists():
+        marker.write_text(uuid.uuid4().hex[:8])
+    run = wandb.init(
+        project=config.wandb.project,
+        name=config.wandb.name or run_dir.name,
+        id=marker.read_text(),
+        resume="allow",
+        mode=config.wandb.mode,
+        dir=str(run_dir),
+        config=asdict(config),
+        settings=wandb.Settings(silent=True),
+    )
+    run.define_metric("*", step_metric="step")  # wandb's own step cannot go back
+    return run
+
+
 class MetricLogger:
     """Writes metrics; a resumed run first drops the lines after its checkpoint. Does nothing when not `enabled`."""
 
@@ -69,25 +121,7 @@ class MetricLogger:
         self._bar = tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True)
         self._keep(start or -1)  # a run that begins anew also writes step 0 anew
         if config.wandb.mode != "disabled":
-            self._start_wandb(config)
-
-    def _start_wandb(self, config: RunConfig) -> None:
-        import wandb
-
-        marker = self._run_dir / "wandb_id"
-        if not marker.exists():
-            marker.write_text(uuid.uuid4().hex[:8])
-        self._wandb = wandb.init(
-            project=config.wandb.project,
-            name=config.wandb.name or self._run_dir.name,
-            id=marker.read_text(),
-            resume="allow",
-            mode=config.wandb.mode,
-            dir=str(self._run_dir),
-            config=asdict(config),
-            settings=wandb.Settings(silent=True),
-        )
-        self._wandb.define_metric("*", step_metric="step")  # wandb's own step cannot go back
+            self._wandb = start_wandb(config)
 
     def _keep(self, step: int) -> None:
         """Leave out the lines after `step`."""
@@ -128,6 +162,18 @@ class MetricLogger:
             self._bar.update(record["step"] - self._bar.n)
             shown = [f"{label} {record[key]:{form}}" for label, key, form in SHOWN if record.get(key) is not None]
             self._bar.set_postfix_str(", ".join(shown))
+
+    def add(self, values: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """As `amend`, also to wandb."""
+        self._file.close()
+        try:
+            new = amend(self._run_dir, values)
+        finally:
+            self._file = open(self._run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        if self._wandb is not None:
+            for step, found in new.items():
+                self._wandb.log({"step": step, **found})
+        return new
 
     def close(self) -> None:
         """The end of all files."""

@@ -60,6 +60,7 @@ POSITIVE = [
     "guards.spike_steps",
     "diffusion.eps",
     "validation.times",
+    "evaluation.draws",
 ]
 NOT_NEGATIVE = [
     "train.seed",
@@ -80,6 +81,9 @@ NOT_NEGATIVE = [
     "guards.spike_factor",
     "guards.max_rollbacks",
     "guards.stall_minutes",
+    "evaluation.every",
+    "evaluation.limit",
+    "evaluation.wait_minutes",
 ]
 AT_MOST_ONE = ["optimizer.min_lr_ratio", "optimizer.decay_fraction", "validation.times"]
 LIMITS = [
@@ -161,6 +165,24 @@ def test_settings_that_cannot_work_together():
         check_run(load_config(RunConfig, None, [odd[0], "train.global_batch_size=8", "diffusion.eps=0.6"]))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["tasks=piqa"], "evaluation.tasks is 'piqa', but evaluation.every is 0"),
+        (["every=1000"], "evaluation.every is 1000, but evaluation.tasks names no task"),
+        (["tasks=piqa", "every=1500"], "is 1500, expected a multiple of checkpoint.every, which is 1000; try"),
+        (["tasks=piqa", "every=1000", "checkpoint.every=0"], "expected a multiple of checkpoint.every, which is 0"),
+        (["tasks=piqa", "every=1000", "checkpoint.keep=0"], "checkpoint.keep is 0; set it to 1 or more"),
+    ],
+)
+def test_an_evaluation_needs_tasks_and_checkpoints(settings, message):
+    overrides = [text if text.startswith("checkpoint") else f"evaluation.{text}" for text in settings]
+    for objective in ("masked_diffusion", "autoregressive"):
+        with pytest.raises(UserError, match=re.escape(message)):
+            check_run(load_config(RunConfig, None, [*overrides, f"objective={objective}"]))
+    check_run(load_config(RunConfig, None, ["evaluation.tasks=lambada,piqa", "evaluation.every=2000"]))
+
+
 def test_an_unknown_form_names_those_that_there_are():
     with pytest.raises(UserError, match="'windoww', expected one of none, bernoulli, window, block"):
         check_run(load_config(RunConfig, None, ["annealing.form=windoww"]))
@@ -183,6 +205,7 @@ MAY_CHANGE = (
     "train.max_minutes",
     "checkpoint",
     "validation",
+    "evaluation",
     "guards",
     "wandb",
 )

@@ -22,8 +22,9 @@ from pretrain.config import RunConfig
 from pretrain.data import TrainData
 from pretrain.objectives import OBJECTIVES, make_objective
 from pretrain.optimization import learning_rate, parameter_groups
+from pretrain.runtime import evaluation
 from pretrain.runtime.guards import Guard
-from pretrain.runtime.metrics import MACHINE, read_metrics
+from pretrain.runtime.metrics import read_metrics, reproducible
 from pretrain.runtime.stop import STOPPED, StopRequest
 from pretrain.step import read_step, train_step
 
@@ -167,7 +168,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def numbers(run: trainer.Trainer) -> list[dict]:
     """The lines of metrics.jsonl, without what depends on the machine."""
-    return [{k: v for k, v in line.items() if k not in MACHINE} for line in read_metrics(run.config.run_dir)]
+    return [reproducible(line) for line in read_metrics(run.config.run_dir)]
 
 
 def checkpoints(run: trainer.Trainer) -> list[int]:
@@ -484,3 +485,40 @@ def test_the_largest_stop_request_counts(make, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(dist, "all_reduce", add)
             assert train_step(run.engine, run.objective, batches, 0.0, lambda mine=mine: mine)["stop"] == expected
+
+
+def evaluated(n: int) -> dict:
+    """A score of step n's checkpoint, as tools.evaluate_run writes it."""
+    return {"checkpoint": "a", "tasks": {"piqa": {"score": n / 8}}}
+
+
+def test_a_run_stopped_and_resumed_reports_each_score_once(make, caplog, monkeypatch):
+    """Scores that come while it trains, and after its last step; training is the same."""
+    monkeypatch.setattr(evaluation, "LOOK_SECONDS", 0.0)
+    plain = make("plain")
+    assert plain.run() == 0
+    caplog.set_level("INFO")
+    asked = {"evaluation__tasks": "piqa", "evaluation__every": 1, "evaluation__launch": False, "checkpoint__every": 1}
+    for known in (0, 0, 1, 2, 3, 4, 4):  # the newest score at each launch; the last three have nothing left to train
+        run = make(train__exit_interval=1, **asked)
+        scores = {n: evaluated(n) for n in range(1, known + 1)}
+        (run.evaluation.folder / "scores.json").write_text(json.dumps(scores))
+        assert run.run() == 0
+    assert numbers(run) == numbers(plain)
+    assert [line.get("eval_piqa") for line in read_metrics(run.config.run_dir)] == [None, 1 / 8, 2 / 8, 3 / 8, 4 / 8]
+    assert [m for m in caplog.messages if "evaluated:" in m] == [
+        f"step {n} evaluated: eval_piqa {n / 8:.4g}" for n in (1, 2, 3, 4)
+    ]
+
+
+@pytest.mark.parametrize("code", ["sys.exit(2)", "os.kill(os.getpid(), 9)"])
+def test_an_evaluation_that_fails_does_not_touch_training(make, caplog, monkeypatch, tmp_path, code):
+    monkeypatch.setattr(evaluation, "MODULE", "failing_evaluator")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "failing_evaluator.py").write_text(f"import os, sys\n{code}\n")
+    plain, run = make("plain"), make(evaluation__tasks="piqa", evaluation__every=2, checkpoint__every=2)
+    assert plain.run() == run.run() == 0
+    run.wait_for_evaluation()
+    assert numbers(run) == numbers(plain)
+    (line,) = [m for m in caplog.messages if "the evaluating process" in m]
+    assert f"training goes on without it, see {run.evaluation.log_path}" in line

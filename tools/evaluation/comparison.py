@@ -19,9 +19,8 @@ from common.errors import UserError
 
 LEVEL = 0.95  # of the intervals
 NUMBERS_AT_ONCE = 4_000_000  # drawn while resampling: bounds its memory
-# metrics by the beginning of their names; a loss is better when it is lower, a fraction is shown in percent
+# metrics by the beginning of their names; a loss is better when it is lower
 LOWER_IS_BETTER = ("nelbo", "nll", "loss", "perplexity", "generative_perplexity", "bits_per_", "ce_to_t")
-FRACTIONS = ("acc", "exact_match", "rouge1", "rouge2", "rougeL", "pass@", "pass_at", "f1", "em", "hit", "distinct")
 NO_DIFFERENCE = ("batch_size", "output", "device")  # settings that decide nothing about the scores
 
 
@@ -101,11 +100,6 @@ def is_number(value: Any) -> bool:
 
 def lower_is_better(metric: str) -> bool:
     return metric.startswith(LOWER_IS_BETTER)
-
-
-def is_fraction(metric: str) -> bool:
-    """Whether a metric is a share, shown in percent."""
-    return metric.startswith(FRACTIONS)
 
 
 def read_evaluations(folders: Sequence[str | Path]) -> list[Evaluation]:

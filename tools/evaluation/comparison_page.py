@@ -6,8 +6,9 @@ from html import escape
 
 from rich.table import Table
 
-from .comparison import LEVEL, Comparison, Difference, Evaluation, is_fraction, left_out, lower_is_better
+from .comparison import LEVEL, Comparison, Difference, Evaluation, left_out, lower_is_better
 from .published import ALIASES, FAULTS, GENERAL_FAULTS, TABLE_1, TABLE_9, TABLE_9_TASKS, TASKS, column_of, score_text
+from .results import is_fraction
 
 MARKS = {"better": "▲ better", "worse": "▼ worse", "": ""}
 COLOURS = {"better": "#1b7f4b", "worse": "#b3261e", "": "#666666"}  # of intervals

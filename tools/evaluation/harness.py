@@ -1,7 +1,7 @@
 """What lm-evaluation-harness asks, answered by any of our models: remembered, in batches of like length, on ranks.
 
-In: lm-eval's requests. Out: its answers, each also remembered with what the harness has no place for: standard errors and
-numbers of tokens.
+In: lm-eval's requests. Out: its answers, each also remembered with what the harness has no place for: standard errors
+and numbers of tokens.
 """
 
 import hashlib

@@ -9,10 +9,19 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import UserError
+from common.log import log
 
 from ..decoding import load
 
-SAMPLE = 1 << 20  # bytes at both ends of a file of weights that tell it from others
+DECISIVE = (
+    ".safetensors",
+    ".json",
+    ".model",
+    ".py",
+    ".txt",
+    ".jinja",
+)  # files that a model or its tokenizer is made of
+SAMPLE = 1 << 20  # bytes at both ends of a file that tell it from others
 
 
 def kind_of(checkpoint: str, trust_remote_code: bool = False) -> str:
@@ -22,7 +31,11 @@ def kind_of(checkpoint: str, trust_remote_code: bool = False) -> str:
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{checkpoint} cannot be loaded: {reason}") from None
-    return "autoregressive" if getattr(config, "mask_token_id", None) is None else "masked_diffusion"
+    if getattr(config, "mask_token_id", None) is None:
+        return "autoregressive"
+    if not getattr(config, "diffusion", None):
+        log.warning("%s names a mask token, but no diffusion: is it really a masked diffusion model?", checkpoint)
+    return "masked_diffusion"
 
 
 def load_any(
@@ -57,7 +70,7 @@ def fingerprint(checkpoint: str, model: Any) -> str:
     if not folder.is_dir():
         return str(getattr(model.config, "_commit_hash", None))
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(path for path in folder.iterdir() if path.suffix in DECISIVE):
         size = path.stat().st_size
         with open(path, "rb") as file:
             digest.update(f"{path.name} {size}\n".encode() + file.read(SAMPLE))

@@ -93,6 +93,7 @@ GENERAL_FAULTS = (
 
 def column_of(task: str) -> str | None:
     """The column of Table 1 that a task of ours is compared with; None where it has none."""
+    task = task.removesuffix("_paper")
     name = ALIASES.get(task, task)
     return name if name in TASKS else None
 

@@ -12,6 +12,7 @@ import datasets
 import lm_eval
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
+from pyarrow.lib import ArrowException
 
 from common.errors import UserError
 
@@ -134,6 +135,35 @@ def _made(prepared: Prepared, num_fewshot: int | None, max_gen_toks: int | None,
     return made
 
 
+def check(tasks: Sequence[Prepared], limit: int | None, num_fewshot: int | None, ranks: int) -> None:
+    """Make all requests of our tasks once, before a model is loaded.
+
+    Raises UserError for examples that lm-eval cannot ask, and for fewer of them than ranks.
+    """
+    quiet()
+    for prepared in tasks:
+        if prepared.task is None:
+            continue
+        count = min(limit or len(prepared.documents), len(prepared.documents))
+        if count < ranks:
+            raise UserError(f"{prepared.name}: {count} examples for {ranks} ranks; start as many ranks or fewer")
+        try:
+            [task] = _made(prepared, num_fewshot, None, 0).values()
+            task.build_all_requests(limit=limit, rank=0, world_size=1)
+        except (ValueError, KeyError, IndexError, TypeError, ArrowException, UnicodeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(
+                f"{prepared.source}: lm-eval cannot ask {prepared.name} of these examples "
+                f"({type(error).__name__}: {reason})"
+            ) from None
+
+
+def quiet() -> None:
+    """Leave out what lm-eval and datasets say of every task."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+
+
 def evaluate(
     lm: Evaluated,
     tasks: Sequence[Prepared],
@@ -146,52 +176,59 @@ def evaluate(
     lm.only_compared = {
         p.name for p in tasks if p.task is not None and p.task.config["output_type"] == "multiple_choice"
     }
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
+    quiet()
     made: dict[str, Any] = {}
     for prepared in tasks:
         made |= _made(prepared, num_fewshot, max_gen_toks, seed)
     ask: Any = lm_eval.evaluate  # its decorator hides the arguments
-    found = ask(lm=lm, task_dict={"tasks": made}, limit=limit, bootstrap_iters=0)
+    own = all(p.task is not None for p in tasks)  # lm-eval's tasks get its standard errors
+    found = ask(lm=lm, task_dict={"tasks": made}, limit=limit, bootstrap_iters=0 if own else 1000)
     if found is None:
         return {}
     lm.answers.reload()
-    return {name: _result(name, samples, lm) for name, samples in found.get("samples", {}).items()}
+    return {name: _result(name, samples, found["results"][name], lm) for name, samples in found["samples"].items()}
 
 
-def _result(name: str, samples: Sequence[Mapping[str, Any]], lm: Evaluated) -> Result:
-    """A task's examples with their metrics, in the order of the data."""
+def _result(name: str, samples: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any], lm: Evaluated) -> Result:
+    """A task's examples with their metrics, in the order of the data. `numbers`: lm-eval's own."""
     task = TASKS.get(name)
-    names: dict[Any, Any]
-    if task is not None:
-        names = dict(task.metrics)
-    else:
-        first = samples[0]["filter"]
-        samples = [s for s in samples if s["filter"] == first]
-        names = {m: {"acc": "accuracy", "acc_norm": "accuracy_norm"}.get(m, m) for m in samples[0]["metrics"]}
+    if task is None:
+        return _of_lm_eval(name, samples, numbers)
+    names = dict(task.metrics)
     examples = []
     for sample in sorted(samples, key=lambda s: s["doc_id"]):
-        metrics = {ours: sample[theirs] for theirs, ours in names.items()}
+        metrics = {ours: float(sample[theirs]) for theirs, ours in names.items()}
         scores = _scores(name, sample, lm)
         if scores and "accuracy_norm" in metrics:
             metrics["accuracy_per_token"] = per_token_choice(scores, sample["target"])
         answers = [list(r) for r in sample["resps"]] if not scores else [s.value for s in scores]
         errors = [s.stderr for s in scores]
-        numeric = {m: float(v) for m, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, str)}
         prompts = [list(a) for a in sample["arguments"]]
-        examples.append(Example(sample["doc_id"], sample["doc"], sample["target"], prompts, answers, errors, numeric))
-    return Result(name, next(iter(names.values())), examples, task.note if task else "")
+        examples.append(Example(sample["doc_id"], sample["doc"], sample["target"], prompts, answers, errors, metrics))
+    return Result(name, task.metrics[0][1], examples, task.note)
+
+
+def _of_lm_eval(name: str, samples: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any]) -> Result:
+    """A task of lm-eval's own: its numbers as it gives them, `metric` or with several filters `metric,filter`."""
+    filters = {s["filter"] for s in samples}
+    given = {}
+    for key, value in numbers.items():
+        metric, comma, kind = key.partition(",")
+        if comma and isinstance(value, int | float):
+            title = {"acc": "accuracy", "acc_stderr": "accuracy_stderr"}.get(metric, metric)
+            given[title if len(filters) == 1 else f"{title},{kind}"] = float(value)
+    examples = []
+    for s in sorted(samples, key=lambda s: s["doc_id"]):
+        metrics = {m: float(s[m]) for m in s["metrics"] if isinstance(s[m], int | float)}
+        prompts = [list(a) for a in s["arguments"]]
+        examples.append(Example(s["doc_id"], s["doc"], s["target"], prompts, list(s["resps"]), [], metrics))
+    main = next(m for m in given if "_stderr" not in m)
+    return Result(name, main, examples, given=given)
 
 
 def _scores(name: str, sample: Mapping[str, Any], lm: Evaluated) -> list[Score]:
     """The scores of an example's continuations; none where texts were asked for."""
-    compared = name in lm.only_compared
-    name_is_faulty = name.endswith(FAULTY)
-    pairs = [a for a in sample["arguments"] if _is_pair(a)]
-    asked = [Asked(a[0], a[1], not compared, name_is_faulty) for a in pairs]
+    pairs = [a for a in sample["arguments"] if len(a) == 2 and isinstance(a[1], str)]
+    asked = [Asked(a[0], a[1], name not in lm.only_compared, name.endswith(FAULTY)) for a in pairs]
     found = [lm.answers.known.get(a.key) for a in asked]
     return [Score(**answer) for answer in found if isinstance(answer, dict)]
-
-
-def _is_pair(arguments: Any) -> bool:
-    return len(arguments) == 2 and isinstance(arguments[1], str)

@@ -126,7 +126,8 @@ def _tables() -> tuple[list[Task], list[Task], list[Task]]:
     )  # fmt: skip
     code = [
         Task(
-            f"humaneval_{name}", (f"humaneval_{published}", f"humaneval_{name}"), ("loubnabnl/humaneval_infilling", on_hub, "test"),
+            f"humaneval_{name}", (f"humaneval_{published}", f"humaneval_{name}"),
+            ("loubnabnl/humaneval_infilling", on_hub, "test"),
             ("task_id", "entry_point", "prompt", "suffix", "canonical_solution", "test"),
             infilling(judge, ("accuracy",)), (("accuracy", "accuracy"),), examples.code, runs_code=True,
         )

@@ -39,8 +39,8 @@ def evaluated(model, data, output, *flags, tasks="lambada,piqa") -> dict:
 def refusal(capsys, arguments) -> str:
     capsys.readouterr()
     assert evaluate.main(arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "examples of" not in line]
-    return lines[-1]
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
 
 
 def test_an_ar_model_has_the_numbers_of_lm_evals_own_hf(base_dir, data, tmp_path):
@@ -132,8 +132,8 @@ def test_interrupted_after_any_answer_it_goes_on_to_the_same_table(
     written = sum(len(p.read_text().splitlines()) for p in (tmp_path / "whole" / "answers").iterdir())
     add, output = Answers.add, tmp_path / "cut"
 
-    def interrupted(self, answers):
-        add(self, answers)
+    def interrupted(self, answers, truncated):
+        add(self, answers, truncated)
         raise KeyboardInterrupt
 
     times = 0
@@ -190,7 +190,7 @@ def test_likelihoods_by_name_differ_and_another_one_needs_another_folder(tiny_ch
         assert line["errors"][1] > 0
     assert len(set(values.values())) == 4 and values["paper"] > values["nelbo"] / 3
     said = refusal(capsys, command(tiny_checkpoint, data, tmp_path / "dream", "--likelihood", "nelbo"))
-    assert "likelihood 'dream'" in said and "another --output" in said
+    assert "dream" in said and "nelbo" in said and "another --output" in said
 
 
 @pytest.mark.parametrize(
