@@ -27,8 +27,8 @@ RUN = Path("runs/mixture")
 OUT = Path("runs/experiments")
 # examples of each task, so that two cores come to an end
 LIMITS = {
-    "rocstories": 60, "humaneval_single_line": 40, "lambada": 60, "hellaswag": 50, "piqa": 50, "winogrande": 50,
-    "social_i_qa": 50, "triviaqa": 40,
+    "rocstories": 60, "humaneval_single_line": 40, "lambada": 60, "hellaswag": 25, "piqa": 30, "winogrande": 30,
+    "social_i_qa": 25, "triviaqa": 20,
 }  # fmt: skip
 DRAWS = 4
 TITLES = {
