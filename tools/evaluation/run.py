@@ -3,6 +3,8 @@
 `prepare` reads and checks all examples, before a model is loaded; `evaluate` asks the model and judges.
 """
 
+import contextlib
+import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,7 +151,8 @@ def check(tasks: Sequence[Prepared], limit: int | None, num_fewshot: int | None,
             raise UserError(f"{prepared.name}: {count} examples for {ranks} ranks; start as many ranks or fewer")
         try:
             [task] = _made(prepared, num_fewshot, None, 0).values()
-            task.build_all_requests(limit=limit, rank=0, world_size=1)
+            with contextlib.redirect_stderr(io.StringIO()):  # its bar
+                task.build_all_requests(limit=limit, rank=0, world_size=1)
         except (ValueError, KeyError, IndexError, TypeError, ArrowException, UnicodeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(
@@ -161,6 +164,8 @@ def check(tasks: Sequence[Prepared], limit: int | None, num_fewshot: int | None,
 def quiet() -> None:
     """Leave out what lm-eval and datasets say of every task."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if not logging.getLogger().handlers:  # else a library adds one that prints our own lines again
+        logging.getLogger().addHandler(logging.NullHandler())
     datasets.disable_progress_bars()
 
 
