@@ -27,8 +27,8 @@ RUN = Path("runs/mixture")
 OUT = Path("runs/experiments")
 # examples of each task, so that two cores come to an end
 LIMITS = {
-    "rocstories": 60, "humaneval_single_line": 40, "lambada": 60, "hellaswag": 25, "piqa": 30, "winogrande": 30,
-    "social_i_qa": 25, "triviaqa": 20,
+    "rocstories": 40, "humaneval_single_line": 20, "lambada": 40, "hellaswag": 16, "piqa": 20, "winogrande": 20,
+    "social_i_qa": 16, "triviaqa": 12,
 }  # fmt: skip
 DRAWS = 4
 TITLES = {
