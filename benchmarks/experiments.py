@@ -27,8 +27,8 @@ RUN = Path("runs/mixture")
 OUT = Path("runs/experiments")
 # examples of each task, so that two cores come to an end
 LIMITS = {
-    "rocstories": 40, "humaneval_single_line": 20, "lambada": 40, "hellaswag": 16, "piqa": 20, "winogrande": 20,
-    "social_i_qa": 16, "triviaqa": 12,
+    "rocstories": 100, "humaneval_single_line": 50, "lambada": 100, "hellaswag": 40, "piqa": 50, "winogrande": 50,
+    "social_i_qa": 40, "triviaqa": 25,
 }  # fmt: skip
 DRAWS = 4
 TITLES = {
