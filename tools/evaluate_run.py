@@ -40,7 +40,7 @@ from pretrain.runtime.evaluation import checkpoint_folder, read_scores
 
 from .evaluation.of_a_run import check_tasks, end_with_parent, evaluate_export, hand_over, table
 from .export import export
-from .hub_watch import begun_run, checkpoint_steps, disappears, due_steps, is_finished, missing_steps
+from .run_checkpoints import begun_run, checkpoint_steps, disappears, due_steps, is_finished, missing_steps, report_gone
 from .run_folder import RunFolder, read_run
 
 POLL_SECONDS = 60.0
@@ -188,7 +188,7 @@ def next_step(job: Job, run: RunFolder, finished: bool, asked: dict[str, Any]) -
         with suppress(FileNotFoundError):  # deleted since; the next look finds it missing
             there[step] = checkpoint_id(checkpoint_folder(run.path, step))
     missing = missing_steps(steps, every, run.config.checkpoint.every)
-    _report_gone(job, every, [step for step in missing if step not in scores and step not in there])
+    report_gone(job.gone, "evaluated", every, [step for step in missing if step not in scores and step not in there])
     left = [step for step, own in there.items() if not is_scored(scores.get(step), own, asked)]
     left = sorted(step for step in left if step not in job.failed)
     if not left:
@@ -231,7 +231,7 @@ def evaluate_step(job: Job, run: RunFolder, step: int, asked: dict[str, Any]) ->
     """
     folder, output = job.exported(step), job.folder / f"step_{step}"
     try:
-        if not _export(job, step, asked):
+        if not _export(job, run, step, asked):
             return
         code, reason = evaluate_export(run, folder, output)
     except (UserError, OSError) as error:
@@ -259,7 +259,7 @@ def evaluate_step(job: Job, run: RunFolder, step: int, asked: dict[str, Any]) ->
     log.info("step %d is evaluated", step)
 
 
-def _export(job: Job, step: int, asked: dict[str, Any]) -> bool:
+def _export(job: Job, run: RunFolder, step: int, asked: dict[str, Any]) -> bool:
     """Make the export, or keep the one of a process before; False where training deletes the checkpoint meanwhile."""
     folder, answers = job.exported(step), job.folder / f"step_{step}"
     stamp = job.asked(step)
@@ -279,22 +279,9 @@ def _export(job: Job, step: int, asked: dict[str, Any]) -> bool:
     except (UserError, OSError):
         if not disappears(checkpoint):
             raise
-        _report_gone(job, 0, [step])
+        report_gone(job.gone, "evaluated", run.config.evaluation.every, [step])
         return False
     return True
-
-
-def _report_gone(job: Job, every: int, steps: list[int]) -> None:
-    """One line for those that have not been reported before."""
-    new = [step for step in steps if step not in job.gone]
-    if not new:
-        return
-    job.gone.update(new)
-    which = f"step {new[0]} is" if len(new) == 1 else f"{len(new)} steps, {new[0]} to {new[-1]}, are"
-    log.warning(
-        "%s not evaluated: no checkpoint any more (%d in all); raise checkpoint.keep, or set checkpoint.keep_every%s",
-        which, len(job.gone), f"={every}" if every else "",
-    )  # fmt: skip
 
 
 @resumable_command

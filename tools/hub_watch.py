@@ -19,12 +19,11 @@ from pretrain.runtime.checkpoint import checkpoint_id
 
 from . import repository
 from .export import export
-from .health import planned_steps, silent_seconds
 from .repository import HubUnreachable
+from .run_checkpoints import begun_run, checkpoint_steps, disappears, due_steps, is_finished, missing_steps, report_gone
 from .run_folder import RunFolder, read_run
 
 POLL_SECONDS = 60.0
-DELETION_SECONDS = 30.0  # in which training is done with deleting a checkpoint
 
 
 @dataclass
@@ -104,11 +103,6 @@ def _alone(run_dir: Path) -> Iterator[None]:
             shutil.rmtree(exports, ignore_errors=True)
 
 
-def begun_run(run_dir: Path) -> RunFolder | None:
-    """The run as it stands; None before its configuration is written."""
-    return read_run(run_dir) if (run_dir / "config.yaml").exists() else None
-
-
 def _warn_of_intervals(run: RunFolder, every: int) -> None:
     saved = run.config.checkpoint.every
     if not saved:
@@ -124,40 +118,6 @@ def _count_gone(job: Watch) -> str:
     return f"; {len(job.gone)} due before had been deleted" if job.gone else ""
 
 
-def checkpoint_steps(run_dir: Path) -> list[int]:
-    """The steps of the complete checkpoints on disk, rising."""
-    names = [folder.name for folder in (run_dir / "checkpoints").glob("step_*")]
-    return sorted(int(name.removeprefix("step_")) for name in names if "." not in name)
-
-
-def is_finished(run: RunFolder, steps: list[int]) -> bool:
-    """Whether the run has come to its end. `steps` are those of its checkpoints.
-
-    A run whose last checkpoint did not fit on the disk has finished when it is silent after the last step.
-    """
-    done = run.finished_steps[-1]["step"] if run.finished_steps else 0
-    if not done or done < planned_steps(run):
-        return False
-    saving = any((run.path / "checkpoints").glob("step_*.tmp"))
-    return done in steps or (not saving and silent_seconds(run) > 0)
-
-
-def due_steps(steps: list[int], every: int, finished: bool) -> list[int]:
-    """Of rising `steps` the multiples of `every`; the last too, where the run has finished."""
-    return [step for step in steps if step % every == 0 or (finished and step == steps[-1])]
-
-
-def missing_steps(steps: list[int], every: int, saved_every: int) -> list[int]:
-    """Due steps before the newest checkpoint which training should have saved (0: at the end alone), and are not there.
-
-    Training has deleted them, or left them out in a spike or for lack of room.
-    """
-    if not steps or not saved_every:
-        return []
-    interval = math.lcm(every, saved_every)
-    return [step for step in range(interval, steps[-1], interval) if step not in steps]
-
-
 def push_due(job: Watch, run: RunFolder) -> bool:
     """Push what is due and not on the Hub, oldest first; returns whether the run has finished, so that this was all.
 
@@ -170,14 +130,14 @@ def push_due(job: Watch, run: RunFolder) -> bool:
         return finished
     branches = repository.revisions(job.repo_id)
     gone = missing_steps(steps, job.every, run.config.checkpoint.every)
-    _report_gone(job, [step for step in gone if f"step_{step}" not in branches])
+    report_gone(job.gone, "pushed", job.every, [step for step in gone if f"step_{step}" not in branches])
     on_main = pushed(job.repo_id, branches.get("main"))
     for step in due:
         revision = f"step_{step}"
         try:
             own = (step, checkpoint_id(run.path / "checkpoints" / f"step_{step:08d}"))
         except FileNotFoundError:
-            _report_gone(job, [step])
+            report_gone(job.gone, "pushed", job.every, [step])
             continue
         # the name is not enough: a branch begins as a copy of main, and its push may have been killed
         targets = [] if pushed(job.repo_id, branches.get(revision)) == own else [revision]
@@ -205,30 +165,9 @@ def _export_and_push(job: Watch, step: int, targets: list[str]) -> None:
         except (UserError, OSError):
             if not disappears(job.run_dir / "checkpoints" / f"step_{step:08d}"):
                 raise
-            _report_gone(job, [step])
+            report_gone(job.gone, "pushed", job.every, [step])
             return
     for revision in targets:
         url = repository.push(folder, job.repo_id, revision, job.private, message=f"Step {step}")
         log.info("step %d is on the Hub as %s: %s", step, revision, url)
     shutil.rmtree(folder)
-
-
-def disappears(checkpoint: Path) -> bool:
-    """Whether training is deleting it: waits until the folder is gone, or for so long that it will stay."""
-    deadline = time.monotonic() + DELETION_SECONDS
-    while checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return not checkpoint.exists()
-
-
-def _report_gone(job: Watch, steps: list[int]) -> None:
-    """One line for those that have not been reported before."""
-    new = [step for step in steps if step not in job.gone]
-    if not new:
-        return
-    job.gone.update(new)
-    which = f"step {new[0]} is" if len(new) == 1 else f"{len(new)} steps, {new[0]} to {new[-1]}, are"
-    log.warning(
-        "%s not pushed: no checkpoint any more (%d in all); raise checkpoint.keep, or set checkpoint.keep_every=%d",
-        which, len(job.gone), job.every,
-    )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import launch
 
-from tools import hub_watch
+from tools.run_checkpoints import checkpoint_steps
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def trained(tiny_run):
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     outcome = launch(1, [*arguments, "train.exit_interval=0"])
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    assert hub_watch.checkpoint_steps(folder) == [2, 4, 5, 6]
+    assert checkpoint_steps(folder) == [2, 4, 5, 6]
     return folder
 
 

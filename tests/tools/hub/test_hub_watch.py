@@ -18,10 +18,11 @@ from hub_models import REPO, assert_no_secret, contents, delete_after, on_hub
 from hub_server import READER, HubServer, environment
 
 from common.errors import UserError
-from tools import hub_watch, repository
+from tools import hub_watch, repository, run_checkpoints
 from tools.export import export
-from tools.hub_watch import due_steps, missing_steps, watch
+from tools.hub_watch import watch
 from tools.repository import HubUnreachable, push
+from tools.run_checkpoints import due_steps, missing_steps
 
 pytestmark = pytest.mark.slow
 
@@ -141,7 +142,7 @@ def test_deleted_checkpoints_are_reported_once(run, hub, caplog, monkeypatch):
 
 
 def test_a_checkpoint_that_is_damaged_ends_it(run, hub, monkeypatch):
-    monkeypatch.setattr(hub_watch, "DELETION_SECONDS", 0.1)
+    monkeypatch.setattr(run_checkpoints, "DELETION_SECONDS", 0.1)
     (run / "checkpoints" / "step_00000004" / "checkpoint.json").write_text("{")
     with pytest.raises(UserError, match=r"no checkpoint in .* can be used"):
         watch(run, REPO, every=4, poll=0.01)
