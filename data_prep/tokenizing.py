@@ -49,6 +49,19 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     return _fingerprint(tokenizer, _fast_state(tokenizer))
 
 
+def check_same(tokenizer: "PreTrainedTokenizerBase", of_corpus: dict[str, Any], corpus: str, owner: str) -> None:
+    """Raise UserError where `corpus`, whose manifest says `of_corpus` of its tokenizer, was made with another one.
+
+    `owner` is whose tokenizer this is, such as a checkpoint.
+    """
+    found, expected = fingerprint(tokenizer), of_corpus["fingerprint"]
+    if found != expected:
+        raise UserError(
+            f"{corpus} was tokenised with {of_corpus['name']!r} (fingerprint {expected[:12]}…), but {owner} has "
+            f"another tokenizer ({found[:12]}…); prepare the corpus with that one"
+        )
+
+
 def _fast_state(tokenizer: Any) -> str:
     """A fast tokenizer as JSON; empty for a slow one."""
     return tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""

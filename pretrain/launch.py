@@ -35,14 +35,7 @@ def fast_dtype() -> str:
 def check_corpus(config: RunConfig, tokenizer: Any) -> shards.Manifest:
     """The manifest, once the shards are whole, made with this tokenizer, and of the right length. Raises UserError."""
     manifest = shards.Manifest.load(config.data.path)
-    found = tokenizing.fingerprint(tokenizer)
-    expected = manifest.tokenizer["fingerprint"]
-    if found != expected:
-        raise UserError(
-            f"{config.data.path} was tokenised with {manifest.tokenizer['name']!r} (fingerprint {expected[:12]}…), "
-            f"but model.base {config.model.base!r} has another tokenizer ({found[:12]}…); "
-            "prepare the corpus with the base's tokenizer"
-        )
+    tokenizing.check_same(tokenizer, manifest.tokenizer, config.data.path, f"model.base {config.model.base!r}")
     if this_rank() == 0:
         size = sum(shard.bytes for source in manifest.sources for shard in source.train + source.validation)
         hashes = config.data.verify == "sha256" or (config.data.verify == "auto" and size <= HASH_UP_TO)

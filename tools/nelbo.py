@@ -69,13 +69,7 @@ def check_fits(checkpoint: str, model: Any, tokenizer: Any, corpus: str, manifes
             f"{corpus} has ids up to {manifest.tokenizer['vocab_size'] - 1}, the vocabulary of {checkpoint} 0 to "
             f"{vocabulary - 1}; prepare the corpus with the model's tokenizer"
         )
-    found = tokenizing.fingerprint(tokenizer)
-    expected = manifest.tokenizer["fingerprint"]
-    if found != expected:
-        raise UserError(
-            f"{corpus} was tokenised with {manifest.tokenizer['name']!r} (fingerprint {expected[:12]}…), but "
-            f"{checkpoint} has another tokenizer ({found[:12]}…); prepare the corpus with the model's tokenizer"
-        )
+    tokenizing.check_same(tokenizer, manifest.tokenizer, corpus, checkpoint)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and manifest.seq_len > limit:
         raise UserError(f"{corpus} has rows of {manifest.seq_len} tokens, but {checkpoint} takes {limit}")
