@@ -1,20 +1,17 @@
 """Infilling problems: records become problems, programs are put together as their authors do, pass@k is unbiased."""
 
-import gzip
 import itertools
-import json
 import math
 import random
 
 import pytest
 from bubblewrap import needs_bubblewrap
-from helpers import SHARED
+from published_sets import records
 
 from common.errors import UserError
 from tools.evaluation.code_tasks import Infilling, infilling_problem, pass_at_k, passes, program
 from tools.evaluation.sandbox import run_all
 
-EVAL = SHARED / "data" / "eval"
 RECORD = {
     "task_id": "SingleLineInfilling/HumanEval/7/L1",
     "entry_point": "double",
@@ -23,15 +20,6 @@ RECORD = {
     "canonical_solution": "    y = 2 * x\n",
     "test": "def check(candidate):\n    assert candidate(3) == 6\n",
 }
-
-
-def records(name: str) -> list[dict]:
-    """The records of a file of the shared data; the test skips where it is missing."""
-    path = EVAL / f"{name}.jsonl.gz"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not in the shared data")
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def test_a_record_becomes_a_problem():

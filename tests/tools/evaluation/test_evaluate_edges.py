@@ -7,6 +7,7 @@ import shutil
 import pytest
 from helpers import SHARED
 from known_model import tiny_data
+from published_sets import SETS
 from test_diffusion_lm import asked_by
 from test_evaluate import command, evaluated, refusal
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +22,6 @@ from tools.evaluation.harness import Asked, text_of
 from tools.evaluation.published import column_of
 from tools.evaluation.tasks import GROUPS, TASKS
 
-SETS = SHARED / "data" / "eval"
 LLAMA = SHARED / "data" / "tokenizers" / "llama2"
 
 

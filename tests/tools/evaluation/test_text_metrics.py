@@ -1,13 +1,11 @@
 """Metrics of text: what they see in an answer, what they must not see, and that they agree with their definitions."""
 
-import gzip
-import json
 import random
 
 import pytest
-from helpers import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_sets import records
 
 from tools.evaluation.text_metrics import (
     choice_letter,
@@ -22,16 +20,6 @@ from tools.evaluation.text_metrics import (
     rouge,
     same_number,
 )
-
-EVAL = SHARED / "data" / "eval"
-
-
-def records(name: str) -> list[dict]:
-    path = EVAL / f"{name}.jsonl.gz"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not in the shared data")
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 @pytest.mark.parametrize(
