@@ -44,8 +44,7 @@ def load(checkpoint: str, trust_remote_code: bool = False, device: str | None = 
             model = diffusion_class(type(config)).from_pretrained(checkpoint)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{checkpoint} cannot be loaded: {reason}") from None
+        raise UserError(f"{checkpoint} cannot be loaded: {why(error)}") from None
     if not config.mask_token_id < model.get_input_embeddings().weight.shape[0]:
         rows = model.get_input_embeddings().weight.shape[0]
         raise UserError(f"{checkpoint}: mask_token_id is {config.mask_token_id}, the vocabulary has 0 to {rows - 1}")
@@ -56,6 +55,19 @@ def load(checkpoint: str, trust_remote_code: bool = False, device: str | None = 
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval().to(device), tokenizer
+
+
+def why(error: Exception) -> str:
+    """The first line of an error of another library, whose messages may be long or empty."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def padded_left(rows: Sequence[Sequence[int]], padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, attention mask), (B, L): rows of any lengths, with padding before them."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows])
+    real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, real
 
 
 def gap_lengths(text: str) -> list[int]:
@@ -201,9 +213,7 @@ def complete_all(
     ends = {"eos_token_id": -1} if ignore_eos else {}
     for begin in range(0, len(requests), batch_size):
         batch = requests[begin : begin + batch_size]
-        width = max(len(r.ids) for r in batch)
-        ids = torch.tensor([[pad] * (width - len(r.ids)) + r.ids for r in batch], device=model.device)
-        real = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in batch], device=model.device)
+        ids, real = (part.to(model.device) for part in padded_left([r.ids for r in batch], pad))
         began = time.perf_counter()
         out = model.diffusion_generate(
             ids,

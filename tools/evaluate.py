@@ -35,8 +35,8 @@ from pretrain.model.settings import SamplingSettings
 
 from .decoding import settings_of
 from .evaluation.likelihood import DEFAULT, DRAWS, LIKELIHOODS
-from .evaluation.loading import fingerprint, kind_of, load_any
 from .generate import add_rules, given_settings
+from .loading import fingerprint, kind_of, load_any
 
 MISSING = ""
 try:
@@ -186,10 +186,10 @@ def prepared_tasks(args: argparse.Namespace, names: Sequence[str], kind: str) ->
     return tasks
 
 
-def decided_by(args: argparse.Namespace, kind: str, model: Any, dtype: torch.dtype, settings: SamplingSettings) -> dict:
+def decided_by(args: argparse.Namespace, kind: str, dtype: torch.dtype, settings: SamplingSettings) -> dict:
     """What the answers in OUT depend on, besides their own texts."""
     stamp: dict[str, Any] = {
-        "model": args.checkpoint, "kind": kind, "weights": fingerprint(args.checkpoint, model), "seed": args.seed,
+        "model": args.checkpoint, "kind": kind, "weights": fingerprint(args.checkpoint), "seed": args.seed,
         "dtype": str(dtype).removeprefix("torch."), "trust_remote_code": args.trust_remote_code, "format": FORMAT,
         "num_fewshot": args.num_fewshot, "max_gen_toks": args.max_gen_toks,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lm_eval")},
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer = load_any(args.checkpoint, kind, dtype, device, args.trust_remote_code)
     diffusion = kind == "masked_diffusion"
     settings = chosen_settings(model, given_settings(args)) if diffusion else SamplingSettings()
-    stamp = decided_by(args, kind, model, dtype, settings)
+    stamp = decided_by(args, kind, dtype, settings)
     with opened(folder, stamp):
         answers = Answers(folder / "answers", this_rank())
         if diffusion:

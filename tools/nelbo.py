@@ -24,8 +24,8 @@ from data_prep import shards, tokenizing
 from pretrain.model.reading import uses_shift
 
 from .evaluation import nelbo_folder
-from .evaluation.corpus_nelbo import EPS, LIKELIHOODS, Noise, Place, fingerprint_of
-from .evaluation.loading import kind_of, load_any
+from .evaluation.corpus_nelbo import EPS, LIKELIHOODS, Noise, Place
+from .loading import fingerprint, kind_of, load_any
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=4, metavar="K", help="noise of each row; default: %(default)s")
     parser.add_argument(
         "--likelihood", choices=LIKELIHOODS, default=LIKELIHOODS[0],
-        help="mask_count: draw how many tokens are masked; time: draw t and mask each token with probability t, as in "
+        help="mask_count: draw how many tokens are masked; nelbo: draw t and mask each token with probability t, as in "
         "training, the same bound with more noise; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     about |= {
         "kind": "autoregressive" if exact else "masked_diffusion",
         "likelihood": {"name": "exact"} if noise is None else {"name": args.likelihood, "draws": args.draws},
-        "weights": fingerprint_of(model),
+        "weights": fingerprint(args.checkpoint),
     }
     with folder.opened(about):
         measured = nelbo_folder.measure(folder, model, sources, places, noise, args.batch_size, args.isolate_documents)

@@ -9,6 +9,8 @@ from huggingface_hub import snapshot_download
 
 from common.errors import UserError, without_passwords
 
+from .decoding import why
+
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
 
@@ -25,8 +27,7 @@ def source_folder(source: str | Path) -> Path:
         if not list(found.glob("*.safetensors")):
             found = Path(snapshot_download(str(source), allow_patterns=[*HUB_FILES, "*.bin"]))
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = without_passwords(reason)
+        reason = without_passwords(why(error))
         raise UserError(f"{source} is no folder, and the Hub does not give it: {reason}") from None
     return found
 

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PretrainedConfig, Qwen2Tokenizer
 
 from common.errors import UserError
 
+from .decoding import why
 from .layouts import Layout
 from .source_folder import read_json
 
@@ -40,7 +41,7 @@ def load_tokenizer(folder: Path, layout: Layout, config: PretrainedConfig) -> An
             decides = PretrainedConfig() if settings.get("tokenizer_class") else config
             tokenizer = AutoTokenizer.from_pretrained(folder, config=decides, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = why(error)
         raise UserError(
             f"the tokenizer in {folder} cannot be loaded: {reason}; name another of {layout.name} with --tokenizer"
         ) from None

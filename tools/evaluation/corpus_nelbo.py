@@ -22,7 +22,7 @@ from pretrain.model.visibility import Visibility
 from pretrain.objectives.masked_diffusion import BUCKETS, EPS, bucket_names, corrupt, sample_time
 from pretrain.step import Rows
 
-LIKELIHOODS = ("mask_count", "time")
+LIKELIHOODS = ("mask_count", "nelbo")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Noise:
 
     mask_count: l ~ U{1 … M} of the row's M tokens, weight M / l, and t stands for l / M. Averaging Eq. 7 over
     t ~ U(0, 1) weighs each l alike, so the expectation is the same, and the number of losses is not random.
-    time: t ~ U(eps, 1), each token with probability t, weight 1/t, as in training.
+    nelbo: t ~ U(eps, 1), each token with probability t, weight 1/t, as in training.
     """
 
     likelihood: str
@@ -61,7 +61,7 @@ class Noise:
         stratum = permute(place.i, place.total, self.seed, of_source)
         u = ((stratum + generator.random()) / place.total + draw / self.draws) % 1.0
         numbers = generator.random(len(maskable))
-        if self.likelihood == "time":
+        if self.likelihood == "nelbo":
             t = np.array(sample_time(u, self.eps))
             return float(t), corrupt(numbers, maskable, t, numbers, 0)[1]
         count = int(maskable.sum())
@@ -183,13 +183,3 @@ def summary(scores: Sequence[RowScore], text_bytes: float | None, exact: bool) -
     for name, (value, spread) in scaled.items():
         found |= {name: value, f"{name}_stderr": spread}
     return found | ({"exact": True} if exact else {})
-
-
-def fingerprint_of(model: Any) -> str:
-    """A hash that tells other weights: of up to a thousand values of each parameter, evenly spread."""
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        some = values[:: max(1, len(values) // 1000)].float().cpu().numpy()
-        found.update(f"{name}{tuple(parameter.shape)}".encode() + some.tobytes())
-    return found.hexdigest()

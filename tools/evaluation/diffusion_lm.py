@@ -20,7 +20,7 @@ from pretrain.model.reading import uses_shift
 from pretrain.model.settings import SamplingSettings
 
 from ..decoding import continuation as tokens_of
-from ..decoding import encode_parts
+from ..decoding import encode_parts, padded_left
 from .answers import Answers
 from .harness import GENERATED, Asked, Evaluated, cut, encode_pair, seed_of, text_of
 from .likelihood import Score, draw, estimate, random_for
@@ -199,8 +199,8 @@ class DiffusionLM(Evaluated):
         found: list[bool] = []
         for begin in range(0, len(pairs), self.batch_rows):
             part = pairs[begin : begin + self.batch_rows]
-            wanted, real = _padded_left([c + t for c, t in part])
-            hidden, _ = _padded_left([[0] * len(c) + [1] * len(t) for c, t in part])
+            wanted, real = padded_left([c + t for c, t in part])
+            hidden, _ = padded_left([[0] * len(c) + [1] * len(t) for c, t in part])
             at = hidden.bool() & real.bool()
             asked = wanted.masked_fill(at, self.mask_token_id)
             right = torch.ones(len(part), dtype=torch.bool)
@@ -233,7 +233,7 @@ class DiffusionLM(Evaluated):
     def _decoded(self, asked: Sequence[Asked], settings: SamplingSettings) -> list[str]:
         """The texts of requests that share their settings."""
         gaps = [self._with_masks(a) for a in asked]
-        ids, real = _padded_left([g[0] for g in gaps])
+        ids, real = padded_left([g[0] for g in gaps])
         width = ids.shape[1]
         out = self.model.diffusion_generate(
             ids.to(self.device),
@@ -282,11 +282,3 @@ class DiffusionLM(Evaluated):
 def _generator(seed: int, ids: Sequence[int]) -> torch.Generator:
     """Random numbers of a row of tokens, whatever its batch."""
     return torch.Generator().manual_seed(int(random_for(seed, ids).integers(2**62)))
-
-
-def _padded_left(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, attention mask), (B, L), padded with zeros on the left."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, real

@@ -8,6 +8,8 @@ from typing import Any
 
 from common.errors import UserError
 
+from ..decoding import why
+
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
@@ -70,5 +72,5 @@ def from_hub(path: str, name: str | None, split: str) -> list[dict]:
     try:
         return list(datasets.load_dataset(path, name, split=split))  # type: ignore[arg-type]
     except Exception as error:  # a network, a gate, a name: whatever `datasets` raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = why(error)
         raise UserError(f"{path} cannot be had from the Hub: {reason}; --data_dir takes local files instead") from None

@@ -1,34 +1,15 @@
 """Autoregressive models beside diffusion models: which is which, loading, and texts by transformers' generate."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from common.errors import UserError
 
-from ..decoding import GAP, Completion, Request, encode
-
-
-def read_config(name: str) -> Any:
-    """The configuration of a checkpoint, by folder or name on the Hub. Raises UserError where there is none."""
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} cannot be loaded: {reason}") from None
+from ..decoding import GAP, Completion, Request, encode, padded_left
+from ..loading import load_any, read_config
 
 
 def check_diffusion(name: str) -> Any:
@@ -52,36 +33,15 @@ def check_autoregressive(name: str, flag: str) -> Any:
     return config
 
 
-def identity(name: str) -> str:
-    """A short hash by which a checkpoint is known again: its configurations, and the names and sizes of its weights.
-
-    config.json of our exports holds a hash of the trained checkpoint. A name on the Hub stands for itself.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        return name
-    found = hashlib.sha256()
-    for path in sorted(folder.glob("*config.json")):
-        found.update(path.read_bytes())
-    weights = [path for pattern in ("*.safetensors", "*.bin") for path in sorted(folder.glob(pattern))]
-    found.update(json.dumps([(path.name, path.stat().st_size) for path in weights]).encode())
-    return found.hexdigest()[:16]
-
-
 def load_autoregressive(name: str, flag: str, device: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of an AR model in eval mode. Its own sampling defaults are put aside.
 
     Raises UserError for a diffusion checkpoint and for one that cannot be loaded.
     """
     check_autoregressive(name, flag)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{flag} {name} cannot be loaded: {reason}") from None
+    model, tokenizer = load_any(name, "autoregressive", device=torch.device(device) if device else None)
     model.generation_config = GenerationConfig(pad_token_id=0)
-    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+    return model, tokenizer
 
 
 def start_of_text(tokenizer: Any) -> int | None:
@@ -123,9 +83,8 @@ def continue_all(
     for begin in range(0, len(requests), batch_size):
         batch = requests[begin : begin + batch_size]
         rows = [prompt_ids(tokenizer, request.text) for request in batch]
-        width = max(map(len, rows))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
-        real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        ids, real = (part.to(model.device) for part in padded_left(rows))
+        width = ids.shape[1]
         draws = Draws([request.generator(seed) for request in batch], temperature)
         out = model.generate(
             ids,

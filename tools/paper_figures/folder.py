@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,29 @@ class PointFolder:
         self.points[key_of(point)] = {"point": point, **result}
         content = {"settings": self.settings, "points": list(self.points.values())}
         write_atomically(self.file, (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode())
+
+    def complete(
+        self,
+        points: list[dict[str, Any]],
+        measure: Callable[[list[dict[str, Any]]], None],
+        page: Callable[[list[dict[str, Any]], dict[str, Any]], str],
+        figure: Callable[[list[dict[str, Any]], dict[str, Any], Path], None],
+    ) -> None:
+        """Measure what is missing, write the page and the figure of all that is there, and print where they are.
+
+        Raises UserError where the folder cannot be used.
+        """
+        self.missing(points)
+        with self.locked():
+            missing = self.missing(points)
+            if missing:
+                measure(missing)
+            found = list(self.points.values())
+            self.file.with_suffix(".md").write_text(page(found, self.settings), encoding="utf-8")
+            figure(found, self.settings, self.file.with_suffix(".png"))
+        print(f"{len(missing)} points measured, {len(points) - len(missing)} were there")
+        for suffix in (".json", ".md", ".png"):
+            print(self.file.with_suffix(suffix))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

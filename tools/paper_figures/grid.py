@@ -12,7 +12,8 @@ from pretrain.model.settings import SamplingSettings
 
 from ..decoding import GAP
 from ..generate import read_prompts, rule_of
-from .autoregressive import check_autoregressive, check_diffusion, identity, position_limit
+from ..loading import fingerprint
+from .autoregressive import check_autoregressive, check_diffusion, position_limit
 
 
 def check_at_least_one(args: argparse.Namespace, names: Sequence[str]) -> None:
@@ -46,7 +47,7 @@ def check_room(name: str, config: Any, tokens: int) -> None:
 
 def described(kind: str, checkpoint: str, **settings: Any) -> dict[str, Any]:
     """A point: what writes, and how."""
-    return {"kind": kind, "checkpoint": checkpoint, "identity": identity(checkpoint), **settings}
+    return {"kind": kind, "checkpoint": checkpoint, "identity": fingerprint(checkpoint), **settings}
 
 
 def quality_grid(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:

@@ -1,4 +1,4 @@
-"""Generative perplexity under an autoregressive judge, and distinct-2, of written texts.
+"""Generative perplexity under an autoregressive judge of written texts.
 
 The judge has its own tokenizer: a written text is tokenised anew with it. Only tokens that the writer wrote count:
 those after the longest common beginning of the judge's tokens of the prompt and of the whole text, so a token that
@@ -6,7 +6,6 @@ holds the end of the prompt and the beginning of what was written counts as writ
 judge's start token in front (else its end-of-text token), so that its first token is predicted too.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from common.errors import UserError
 
+from ..evaluation.text_metrics import distinct_n
 from .autoregressive import position_limit, start_of_text
 
 
@@ -106,6 +106,5 @@ def perplexity(nats: Sequence[float], tokens: Sequence[int]) -> tuple[float | No
 
 
 def distinct_2(texts: Sequence[Sequence[int]]) -> float | None:
-    """Different pairs of neighbouring tokens ÷ all pairs, over all texts; no pair spans two. None without a pair."""
-    pairs = [pair for text in texts for pair in itertools.pairwise(text)]
-    return len(set(pairs)) / len(pairs) if pairs else None
+    """`distinct_n` of pairs; None where no text has a pair, since 0 would mean repetition."""
+    return distinct_n(texts, 2) if any(len(text) > 1 for text in texts) else None

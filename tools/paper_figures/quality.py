@@ -19,7 +19,8 @@ from common.errors import UserError
 
 from ..decoding import Completion, Request, complete_all, load, request, settings_of
 from ..generate import rule_of
-from .autoregressive import context_of, continue_all, identity, load_autoregressive, prompt_ids
+from ..loading import fingerprint
+from .autoregressive import context_of, continue_all, load_autoregressive, prompt_ids
 from .folder import PointFolder
 from .grid import digest_of, quality_grid
 from .perplexity import Judge, distinct_2, perplexity
@@ -32,20 +33,10 @@ def quality(args: argparse.Namespace) -> int:
     Raises UserError for bad input, if possible before a model is loaded.
     """
     points, texts = quality_grid(args)
-    judge = {"judge": args.judge, "judge_identity": identity(args.judge)}
+    judge = {"judge": args.judge, "judge_weights": fingerprint(args.judge)}
     shared = {**judge, "length": args.length, "texts": args.texts, "seed": args.seed}
     folder = PointFolder(args.output, "quality", {**shared, "prompts": digest_of(args.prompts)})
-    folder.missing(points)
-    with folder.locked():
-        missing = folder.missing(points)
-        if missing:
-            measure(folder, missing, texts, args)
-        found = list(folder.points.values())
-        (folder.path / "quality.md").write_text(page(found, folder.settings), encoding="utf-8")
-        figure(found, folder.settings, folder.path / "quality.png")
-    print(f"{len(missing)} points measured, {len(points) - len(missing)} were there")
-    for name in ("quality.json", "quality.md", "quality.png"):
-        print(folder.path / name)
+    folder.complete(points, lambda missing: measure(folder, missing, texts, args), page, figure)
     return 0
 
 

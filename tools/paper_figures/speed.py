@@ -37,17 +37,7 @@ def speed(args: argparse.Namespace) -> int:
     points = speed_grid(args)
     shared = {"checkpoint": args.checkpoint, "repeats": args.repeats, **device_in_words()}
     folder = PointFolder(args.output, "speed", shared)
-    folder.missing(points)
-    with folder.locked():
-        missing = folder.missing(points)
-        if missing:
-            measure(folder, missing, args.repeats)
-        found = list(folder.points.values())
-        (folder.path / "speed.md").write_text(page(found, folder.settings), encoding="utf-8")
-        figure(found, folder.settings, folder.path / "speed.png")
-    print(f"{len(missing)} points measured, {len(points) - len(missing)} were there")
-    for name in ("speed.json", "speed.md", "speed.png"):
-        print(folder.path / name)
+    folder.complete(points, lambda missing: measure(folder, missing, args.repeats), page, figure)
     return 0
 
 

@@ -61,7 +61,7 @@ def one_error(capsys) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("likelihood", ["time", "mask_count"])
+@pytest.mark.parametrize("likelihood", ["nelbo", "mask_count"])
 def test_a_known_distribution_has_its_entropy(likelihood):
     """Independent tokens of a known law, predicted perfectly: in nats, bits and as a perplexity, and in each bucket."""
     law = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_a_known_distribution_has_its_entropy(likelihood):
     assert found["bits_per_byte"] == pytest.approx(found["bits_per_token"] / 4)
 
 
-@pytest.mark.parametrize("likelihood", ["time", "mask_count"])
+@pytest.mark.parametrize("likelihood", ["nelbo", "mask_count"])
 def test_both_ways_average_over_all_times(likelihood):
     """Where the loss depends on how many tokens are masked, Eq. 7 weighs each number from 1 to M alike."""
     length = 9
@@ -89,15 +89,15 @@ def test_both_ways_average_over_all_times(likelihood):
         for seed in range(3)
     ]
     expected = np.mean(np.arange(1, length) ** 2)
-    assert np.mean(found) == pytest.approx(expected, rel=0.03 if likelihood == "time" else 0.005)
+    assert np.mean(found) == pytest.approx(expected, rel=0.03 if likelihood == "nelbo" else 0.005)
 
 
 def test_counting_masks_is_less_noisy_than_drawing_times(tiny_checkpoint, corpus_dir, tmp_path):
     found = {}
-    for likelihood in ("time", "mask_count"):
+    for likelihood in ("nelbo", "mask_count"):
         results = measure(tiny_checkpoint, corpus_dir, tmp_path / likelihood, "--likelihood", likelihood)
         found[likelihood] = results["tasks"]["nelbo/all"]
-    a, b = found["time"], found["mask_count"]
+    a, b = found["nelbo"], found["mask_count"]
     assert b["stderr"] < a["stderr"] / 3
     assert abs(a["nelbo"] - b["nelbo"]) < 3 * math.hypot(a["stderr"], b["stderr"])
 
@@ -110,14 +110,14 @@ def test_standard_errors_are_those_of_repeated_samples():
     found = []
     for seed in range(60):
         rows, places = rows_of(Source([Row(n, rng.choice(3, 16, p=law.numpy()), [16]) for n in range(40)]))
-        found.append(summary(diffusion_scores(model, rows, places, Noise("time", 1, seed), 64), None, False))
+        found.append(summary(diffusion_scores(model, rows, places, Noise("nelbo", 1, seed), 64), None, False))
     spread = np.std([one["nelbo"] for one in found], ddof=1)
     said = np.sqrt(np.mean([one["stderr"] ** 2 for one in found]))
     assert 0.65 < spread / said < 1.3
 
 
 def test_draws_and_rows_divide_all_times_evenly():
-    noise = Noise("time", 3, 5, eps=0.0)
+    noise = Noise("nelbo", 3, 5, eps=0.0)
     maskable = np.ones(4, dtype=bool)
     times = np.array([[noise.draw(Place("s", 10 * i, i, 8), k, maskable)[0] for k in range(3)] for i in range(8)])
     for k in range(3):
@@ -136,7 +136,7 @@ def drawn(seed: int, source: str, row: int, draw: int) -> np.random.Generator:
 def test_equals_an_independent_computation(tiny_checkpoint, corpus_dir, tmp_path):
     """From transformers' own model under a full mask, with the definition's noise; t is read off the stratum."""
     results = measure(
-        tiny_checkpoint, corpus_dir, tmp_path / "out", "--likelihood", "time",
+        tiny_checkpoint, corpus_dir, tmp_path / "out", "--likelihood", "nelbo",
         "--rows", "5", "--draws", "2", "--batch_size", "3", "--seed", "9",
     )  # fmt: skip
     model = stock(tiny_checkpoint)
@@ -206,7 +206,7 @@ def test_isolated_documents_and_padding_are_read_alone(base_dir, tiny_checkpoint
     assert score.tokens == 14 and score.nll == pytest.approx(expected, rel=1e-5)
 
     diffusion, _ = load(str(tiny_checkpoint), device="cpu")
-    noise = Noise("time", 6, 0)
+    noise = Noise("nelbo", 6, 0)
     [score] = diffusion_scores(diffusion, rows, places, noise, 4)
     assert score.tokens == 14 and sum(score.bucket_masked) > 0
     changed = ids.copy()
@@ -371,7 +371,7 @@ def test_without_the_shift_first_tokens_count():
     rows, places = rows_of(Source([Row(n, np.full(8, 1), [6]) for n in range(3)]))
     model = perfect(torch.tensor([0.5, 0.5]))
     model.config = SimpleNamespace(mask_token_id=MASK, diffusion={"shift": False})
-    assert [score.tokens for score in diffusion_scores(model, rows, places, Noise("time", 1, 0), 2)] == [6] * 3
+    assert [score.tokens for score in diffusion_scores(model, rows, places, Noise("nelbo", 1, 0), 2)] == [6] * 3
 
 
 def test_the_code_in_the_checkpoint_gives_the_same(tiny_checkpoint, corpus_dir, tmp_path):

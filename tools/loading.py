@@ -1,4 +1,4 @@
-"""Which kind of model a checkpoint is, its weights, and what tells them from others."""
+"""Which kind of model a checkpoint is, its weights, and what tells them from others. Not a verb."""
 
 import hashlib
 from pathlib import Path
@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import UserError
+from common.files import sha256_of
 from common.log import log
 
-from ..decoding import load
+from .decoding import load, why
 
 DECISIVE = (
     ".safetensors",
@@ -21,16 +22,19 @@ DECISIVE = (
     ".txt",
     ".jinja",
 )  # files that a model or its tokenizer is made of
-SAMPLE = 1 << 20  # bytes at both ends of a file that tell it from others
+
+
+def read_config(checkpoint: str, trust_remote_code: bool = False) -> Any:
+    """The configuration of a checkpoint, by folder or name on the Hub. Raises UserError where there is none."""
+    try:
+        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint} cannot be loaded: {why(error)}") from None
 
 
 def kind_of(checkpoint: str, trust_remote_code: bool = False) -> str:
-    """ "masked_diffusion" where the configuration names a mask token, else "autoregressive"."""
-    try:
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{checkpoint} cannot be loaded: {reason}") from None
+    """ "masked_diffusion" where the configuration names a mask token, else "autoregressive". Raises UserError."""
+    config = read_config(checkpoint, trust_remote_code)
     if getattr(config, "mask_token_id", None) is None:
         return "autoregressive"
     if not getattr(config, "diffusion", None):
@@ -59,21 +63,15 @@ def load_any(
         )
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{checkpoint} cannot be loaded: {reason}") from None
+        raise UserError(f"{checkpoint} cannot be loaded: {why(error)}") from None
     return model.eval().to(device), tokenizer
 
 
-def fingerprint(checkpoint: str, model: Any) -> str:
-    """What tells weights from others: of a folder, its files' sizes and both their ends; else the Hub's commit."""
+def fingerprint(checkpoint: str) -> str:
+    """What tells a model and its tokenizer from others: a hash of a folder's files, or the Hub's commit."""
     folder = Path(checkpoint)
     if not folder.is_dir():
-        return str(getattr(model.config, "_commit_hash", None))
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in DECISIVE):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {size}\n".encode() + file.read(SAMPLE))
-            file.seek(max(0, size - SAMPLE))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
+        return str(getattr(read_config(checkpoint), "_commit_hash", None))
+    files = sorted(path for path in folder.iterdir() if path.suffix in DECISIVE)
+    found = hashlib.sha256("".join(f"{path.name} {sha256_of(path)}\n" for path in files).encode())
+    return found.hexdigest()[:16]
