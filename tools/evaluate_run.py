@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--once", action="store_true", help="evaluate what is due now, and end")
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the trainer, which it does not outlive
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it at once: whatever it leaves, the next start goes on from
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # is for the trainer, which will end this process
     if args.parent:
         end_with_parent(signal.SIGTERM)
