@@ -109,9 +109,9 @@ def ours(args: Args) -> float:
     """Documents to finished, hashed shards and manifest, which are then verified."""
     import transformers.models.auto.tokenization_auto  # noqa: F401, takes two seconds, whatever the text
 
-    from data_prep import shards
     from data_prep.config import PrepareConfig, SourceConfig
     from data_prep.prepare import prepare
+    from data_prep.verify import check
 
     began = time.perf_counter()
     source = SourceConfig("text", [args.text])
@@ -121,7 +121,7 @@ def ours(args: Args) -> float:
     config.engine = args.engine
     config.packing = args.packing
     prepare(config, progress=False)
-    problems = shards.check(config.output_dir, contents=True)
+    problems = check(config.output_dir, contents=True)
     if problems:
         raise RuntimeError(problems[0])
     return time.perf_counter() - began

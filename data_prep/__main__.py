@@ -23,7 +23,7 @@ from common.config import load_config
 from common.errors import UserError
 from common.log import log
 
-from . import shards, tokenizing
+from . import shards, tokenizing, verify
 from .config import PrepareConfig
 
 COLOURS = (36, 33, 32, 35)  # of the terminal: cyan, yellow, green, magenta
@@ -69,7 +69,8 @@ def _config(args: argparse.Namespace) -> PrepareConfig:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from .prepare import estimate, prepare
+    from .estimate import estimate
+    from .prepare import prepare
 
     config = _config(args)
     if args.dry_run:
@@ -126,7 +127,7 @@ def _verify(args: argparse.Namespace) -> int:
     manifest = shards.Manifest.load(args.dir)
     total = sum(shard.bytes for source in manifest.sources for shard in source.train + source.validation)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
-        problems = shards.check(args.dir, contents=True, progress=lambda shard: bar.update(shard.bytes))
+        problems = verify.check(args.dir, contents=True, progress=lambda shard: bar.update(shard.bytes))
     for problem in problems:
         log.error("%s", problem)
     if not problems:

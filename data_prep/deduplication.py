@@ -13,7 +13,7 @@ from common.files import write_atomically
 
 from . import documents
 from .config import PrepareConfig
-from .documents import Document, Tally
+from .inputs.document import Document, Tally, digest
 from .work_list import Unit
 
 BUCKETS = 64  # hashes are compared a bucket at a time, so that few are in memory
@@ -30,7 +30,7 @@ def _kept_path(directory: Path, unit: Unit) -> Path:
 def write_hashes(unit: Unit, config: PrepareConfig) -> None:
     """Write the 128-bit hashes of the unit's documents, in order: (documents, 2) uint64."""
     source = next(source for source in config.sources if source.name == unit.source)
-    digests = b"".join(documents.digest(document) for document in documents.read(unit, source, Tally()))
+    digests = b"".join(digest(document) for document in documents.read(unit, source, Tally()))
     hashes = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
     write_atomically(hashes_path(Path(config.output_dir), unit), _npy(hashes))
 

@@ -6,47 +6,19 @@ processes or machines, nor on interruptions. On a cluster, each of `num_tasks` t
 num_tasks-th unit, and `merge` writes the manifest.
 """
 
-import fcntl
-import hashlib
 import json
 import shutil
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 
 from common.errors import UserError
 from common.files import write_atomically
 from common.log import log
 
-from . import deduplication, documents, shards, tokenizing, work_list, worker
-from .config import PrepareConfig, SourceConfig, check_prepare
+from . import deduplication, shards, tokenizing, worker
+from .config import PrepareConfig
+from .job import Job, check_unfinished, load_finished, load_job, lock, select_engine, warn_without_validation
 from .pool import run_units, worker_count
-from .tokenizing import Engine, TokenizerSpec
 from .work_list import Unit
-
-# All that decides the bytes of a corpus, beside its tokenizer, its sources and its files
-HASHED = ("seq_len", "packing", "add_bos", "add_eos", "validation_fraction", "deduplicate", "unit_mb", "shard_mb")
-SAMPLE_DOCUMENTS = 200  # of the first unit, on which the fast engine is compared with the reference
-SAMPLE_CHARACTERS = 20_000  # of each of them
-ESTIMATE_BYTES = 8 << 20  # of text of each source that `estimate` tokenizes
-
-
-@dataclass
-class Job:
-    """A checked configuration and what follows from it."""
-
-    config: PrepareConfig
-    tokenizer: TokenizerSpec
-    units: list[Unit]  # of all sources
-    corpus_hash: str
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.config.output_dir)
 
 
 def prepare(config: PrepareConfig, progress: bool = True, task: int = 0, num_tasks: int = 1) -> shards.Manifest | None:
@@ -58,15 +30,15 @@ def prepare(config: PrepareConfig, progress: bool = True, task: int = 0, num_tas
     """
     if not 0 <= task < num_tasks:
         raise UserError(f"task is {task} of num_tasks {num_tasks}, expected 0 to {num_tasks - 1}")
-    job = _load(config)
-    manifest = _load_finished(job)
+    job = load_job(config)
+    manifest = load_finished(job)
     if manifest is not None:
         return manifest
-    with _lock(job.directory, task, num_tasks):
-        _check_unfinished(job)
+    with lock(job.directory, task, num_tasks):
+        check_unfinished(job)
         if config.deduplicate == "exact":
             _deduplicate(job, num_tasks, progress)
-        engine, reason = _select_engine(job)
+        engine, reason = select_engine(job)
         log.info("tokenizing with %s %s: %s", engine.name, engine.version, reason)
         _make_units(job, job.units[task::num_tasks], engine.name, progress)
         return _merge(job) if num_tasks == 1 else None
@@ -74,12 +46,12 @@ def prepare(config: PrepareConfig, progress: bool = True, task: int = 0, num_tas
 
 def merge(config: PrepareConfig) -> shards.Manifest:
     """Write the manifest when all tasks are done. Raises UserError naming how many units are missing."""
-    job = _load(config)
-    manifest = _load_finished(job)
+    job = load_job(config)
+    manifest = load_finished(job)
     if manifest is not None:
         return manifest
-    with _lock(job.directory, 0, 1):
-        _check_unfinished(job)
+    with lock(job.directory, 0, 1):
+        check_unfinished(job)
         missing = [unit for unit in job.units if not worker.record_path(job.directory, unit).exists()]
         if missing:
             raise UserError(
@@ -93,141 +65,11 @@ def deduplicate(config: PrepareConfig, progress: bool = True) -> None:
     """Find the duplicates of `deduplicate: exact`, before the tasks of a cluster; nothing to do for `none`."""
     if config.deduplicate == "none":
         return
-    job = _load(config)
-    if _load_finished(job) is None:
-        with _lock(job.directory, 0, 1):
-            _check_unfinished(job)
+    job = load_job(config)
+    if load_finished(job) is None:
+        with lock(job.directory, 0, 1):
+            check_unfinished(job)
             _deduplicate(job, 1, progress)
-
-
-def estimate(config: PrepareConfig) -> str:
-    """What `prepare` would do: files, bytes, tokens and time, estimated from a sample. Writes nothing."""
-    job = _load(config)
-    engine, reason = _select_engine(job)
-    lines = [f"engine         {engine.name} {engine.version}: {reason}"]
-    total_tokens = 0.0
-    total_seconds = 0.0
-    for source in config.sources:
-        units = [unit for unit in job.units if unit.source == source.name]
-        tokens, seconds = _estimate_source(config, source, units, engine)
-        total_tokens += tokens
-        total_seconds += seconds
-        files = len({name for unit in units for name in unit.files})
-        size = sum(unit.size for unit in units)
-        lines.append(
-            f"{source.name:<14} {files:,} files, {size / 1e6:,.1f} MB, {len(units):,} units; about "
-            f"{tokens / 1e6:,.1f}M tokens = {tokens / config.seq_len:,.0f} rows"
-        )
-    workers = worker_count(config.num_workers, len(job.units))
-    lines.append(
-        f"total          about {total_tokens / 1e6:,.1f}M tokens, {total_seconds / workers / 60:,.1f} minutes "
-        f"with {workers} process(es), estimated from the first unit of each source"
-    )
-    return "\n".join(lines)
-
-
-def _estimate_source(
-    config: PrepareConfig, source: SourceConfig, units: list[Unit], engine: Engine
-) -> tuple[float, float]:
-    """(tokens, seconds of one process) of a source: its first unit is read, and the beginning tokenized."""
-    began = time.perf_counter()
-    texts = []
-    text_bytes = 0  # of the first unit
-    sampled_bytes = 0
-    for document in documents.read(units[0], source, documents.Tally()):
-        text = document if isinstance(document, str) else next(document.blocks())
-        size = len(text.encode("utf-8", "replace"))
-        text_bytes += size if isinstance(document, str) else document.utf8_bytes
-        if sampled_bytes < ESTIMATE_BYTES:
-            texts.append(text)
-            sampled_bytes += size
-    reading = time.perf_counter() - began
-    began = time.perf_counter()
-    tokens = len(engine.encode(texts)[0]) + len(texts) * (config.add_bos + config.add_eos)
-    tokenizing = time.perf_counter() - began
-    on_disk = sum(unit.size for unit in units)
-    all_bytes = on_disk / max(1, units[0].size) * text_bytes
-    seconds_per_byte = reading / max(1, text_bytes) + tokenizing / max(1, sampled_bytes)
-    return all_bytes * tokens / max(1, sampled_bytes), all_bytes * seconds_per_byte
-
-
-def _load(config: PrepareConfig) -> Job:
-    """Check the configuration, load its tokenizer and list its units."""
-    check_prepare(config)
-    tokenizer = tokenizing.load_tokenizer(config.tokenizer, config.tokenizer_revision)
-    for wanted, name in ((config.add_bos, "bos_token"), (config.add_eos, "eos_token")):
-        if wanted and getattr(tokenizer, f"{name}_id") is None:
-            raise UserError(f"add_{name[:3]} is true, but tokenizer {config.tokenizer!r} has no {name}")
-    spec = tokenizing.spec_of(tokenizer, config.tokenizer, config.tokenizer_revision)
-    units = [unit for source in config.sources for unit in work_list.units(source, int(config.unit_mb * 2**20))]
-    return Job(config, spec, units, _corpus_hash(config, spec, units))
-
-
-def _corpus_hash(config: PrepareConfig, tokenizer: TokenizerSpec, units: list[Unit]) -> str:
-    """Hash of everything that decides the corpus: settings, and the files' names, sizes and ends."""
-    settings = {
-        "version": shards.VERSION,
-        "tokenizer": tokenizer.fingerprint,
-        **{name: getattr(config, name) for name in HASHED},
-        "sources": {s.name: [s.text_field, s.min_characters, s.filters] for s in config.sources},
-    }
-    content = json.dumps([settings, [work_list.unit_key(unit) for unit in units]], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _load_finished(job: Job) -> shards.Manifest | None:
-    """The manifest of a corpus that is already made, or None. New mixture weights are written into it."""
-    if not (job.directory / "manifest.json").exists():
-        return None
-    manifest = shards.Manifest.load(job.directory)
-    if manifest.corpus_hash != job.corpus_hash:
-        raise UserError(
-            f"{job.directory} holds a corpus made from other settings or files; "
-            "choose another output_dir, or delete that folder first"
-        )
-    weights = {source.name: source.weight for source in job.config.sources}
-    if weights != {source.name: source.weight for source in manifest.sources}:  # they do not change the shards
-        for entry in manifest.sources:
-            entry.weight = weights[entry.name]
-        manifest.save(job.directory)
-    _warn_without_validation(job.config, manifest)
-    return manifest
-
-
-def _check_unfinished(job: Job) -> None:
-    """An unfinished corpus is continued only with the settings and files that began it."""
-    path = job.directory / ".work" / "recipe"
-    if path.exists() and path.read_text() != job.corpus_hash:
-        raise UserError(
-            f"{job.directory} holds an unfinished corpus made from other settings or files; "
-            "choose another output_dir, or delete that folder first"
-        )
-    if not path.exists():
-        write_atomically(path, job.corpus_hash.encode())
-
-
-@contextmanager
-def _lock(directory: Path, task: int, num_tasks: int) -> Iterator[None]:
-    """Keep two processes from writing the same units: tasks share the folder, but no task runs twice at a time."""
-    work = directory / ".work"
-    work.mkdir(parents=True, exist_ok=True)
-    mode = fcntl.LOCK_SH if num_tasks > 1 else fcntl.LOCK_EX
-    with open(work / "lock", "w") as whole, open(work / f"lock-{task}-of-{num_tasks}", "w") as part:
-        try:
-            fcntl.flock(whole, mode | fcntl.LOCK_NB)
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is preparing {directory}; wait for it, or stop it") from None
-        yield
-
-
-def _select_engine(job: Job) -> tuple[Engine, str]:
-    """(engine, the reason in one line), after a comparison on the first documents."""
-    unit = job.units[0]
-    source = next(source for source in job.config.sources if source.name == unit.source)
-    found = islice(documents.read(unit, source, documents.Tally()), SAMPLE_DOCUMENTS)
-    texts = [text if isinstance(text, str) else next(text.blocks()) for text in found]
-    return tokenizing.select_engine(job.tokenizer, job.config.engine, [text[:SAMPLE_CHARACTERS] for text in texts])
 
 
 def _deduplicate(job: Job, num_tasks: int, progress: bool) -> None:
@@ -314,7 +156,7 @@ def _merge(job: Job) -> shards.Manifest:
         unfinished.unlink()
     manifest.save(job.directory)
     shutil.rmtree(job.directory / ".work")
-    _warn_without_validation(config, manifest)
+    warn_without_validation(config, manifest)
     return manifest
 
 
@@ -328,13 +170,3 @@ def _add_record(entry: shards.SourceEntry, record: dict) -> None:
     entry.damaged += record["damaged"]
     for split in shards.SPLITS:
         getattr(entry, split).extend(shards.Shard(**shard) for shard in record[split])
-
-
-def _warn_without_validation(config: PrepareConfig, manifest: shards.Manifest) -> None:
-    for source in manifest.without_validation() if config.validation_fraction else []:
-        log.warning(
-            "source %s has %s documents (%s tokens) but gets no validation row: with validation_fraction=%g "
-            "too little is held out to fill a row of %d tokens; use %s",
-            source.name, f"{source.documents:,}", f"{source.tokens:,}",
-            config.validation_fraction, config.seq_len, shards.MORE_VALIDATION,
-        )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.log import this_rank
-from data_prep import shards, tokenizing
+from data_prep import shards, tokenizing, verify
 
 from .config import RunConfig
 
@@ -39,7 +39,7 @@ def check_corpus(config: RunConfig, tokenizer: Any) -> shards.Manifest:
     if this_rank() == 0:
         size = sum(shard.bytes for source in manifest.sources for shard in source.train + source.validation)
         hashes = config.data.verify == "sha256" or (config.data.verify == "auto" and size <= HASH_UP_TO)
-        problems = shards.check(config.data.path, hashes=hashes)
+        problems = verify.check(config.data.path, hashes=hashes)
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise UserError(f"{problems[0]}{more}; prepare the corpus again")

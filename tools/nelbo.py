@@ -20,7 +20,7 @@ from typing import Any
 from common.cli import make_parser, resumable_command
 from common.errors import UserError
 from common.log import log
-from data_prep import shards, tokenizing
+from data_prep import shards, tokenizing, verify
 from pretrain.model.reading import uses_shift
 
 from .evaluation import nelbo_folder
@@ -42,7 +42,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def places_of(args: argparse.Namespace, manifest: shards.Manifest) -> tuple[dict[str, shards.ShardedRows], list[Place]]:
     """The sources, and up to --rows rows of each, evenly spread. Raises UserError where there are none."""
-    problems = shards.check(args.corpus, hashes=False)
+    problems = verify.check(args.corpus, hashes=False)
     if problems:
         raise UserError(f"{problems[0]}; prepare the corpus again")
     sources = {one.name: shards.ShardedRows(Path(args.corpus), getattr(one, args.split)) for one in manifest.sources}

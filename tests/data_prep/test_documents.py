@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from data_prep import documents, work_list
 from data_prep.config import SourceConfig
+from data_prep.inputs import listing
+from data_prep.inputs.document import Tally
 
 TEXTS = ["one", "zwei\nLinien", "trois é", "four 四"]
 LANGUAGES = ["en", "de", "fr", "en"]
@@ -21,8 +23,8 @@ JSONL = "".join(json.dumps({"text": t, "lang": lang}) + "\n" for t, lang in zip(
 FORMATS = ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "stream.arrow", "file.arrow"]
 
 
-def read_all(paths: list[Path], unit_bytes: int = 1 << 20, **settings) -> tuple[list[str], documents.Tally]:
-    tally, source = documents.Tally(), SourceConfig("s", [str(p) for p in paths], **settings)
+def read_all(paths: list[Path], unit_bytes: int = 1 << 20, **settings) -> tuple[list[str], Tally]:
+    tally, source = Tally(), SourceConfig("s", [str(p) for p in paths], **settings)
     return [text for unit in work_list.units(source, unit_bytes) for text in documents.read(unit, source, tally)], tally
 
 
@@ -47,7 +49,7 @@ def write(folder: Path, name: str) -> Path:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_documents(tmp_path, name):
-    assert read_all([write(tmp_path, name)]) == (TEXTS, documents.Tally())
+    assert read_all([write(tmp_path, name)]) == (TEXTS, Tally())
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -82,7 +84,7 @@ def test_a_saved_hugging_face_dataset_is_read_without_its_json_files(tmp_path):
     import datasets
 
     datasets.Dataset.from_dict({"text": TEXTS, "n": range(4)}).save_to_disk(tmp_path / "saved", num_shards=2)
-    assert read_all([tmp_path / "saved"]) == (TEXTS, documents.Tally())
+    assert read_all([tmp_path / "saved"]) == (TEXTS, Tally())
 
 
 def test_a_glob_on_a_remote_file_system_is_read():
@@ -98,7 +100,7 @@ def test_a_glob_on_a_remote_file_system_is_read():
 
 def names_of(*paths: str) -> list[str]:
     """The files of a source with these paths, in the order of its work list."""
-    return work_list.expand(SourceConfig("s", list(paths)))
+    return listing.expand(SourceConfig("s", list(paths)))
 
 
 @pytest.fixture
@@ -162,7 +164,7 @@ def test_the_work_list_depends_on_the_files_content_and_not_on_their_folder(tree
 def test_text_files_are_one_document_each(tmp_path):
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
-    assert read_all([tmp_path / "*.txt"]) == (TEXTS, documents.Tally())
+    assert read_all([tmp_path / "*.txt"]) == (TEXTS, Tally())
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=20), st.integers(1, 200))

@@ -16,9 +16,10 @@ from helpers import ROOT, SHARED, config, digest, write_jsonl
 
 from common.config import save_config
 from common.errors import UserError
-from data_prep import shards, tokenizing, worker
+from data_prep import shards, tokenizing, unit_builder, verify
 from data_prep.__main__ import main
-from data_prep.prepare import deduplicate, estimate, merge, prepare
+from data_prep.estimate import estimate
+from data_prep.prepare import deduplicate, merge, prepare
 
 
 @pytest.fixture(scope="module")
@@ -188,10 +189,10 @@ def test_an_engine_that_gives_wrong_ids_during_the_run_is_replaced_and_its_unit_
             return (ids, lengths) if len(texts) > 200 else (np.where(ids == 70, 71, ids), lengths)
 
     monkeypatch.setattr(tokenizing, "Gigatoken", Late)
-    monkeypatch.setattr(worker, "CHECK_ONE_IN", 1)
-    worker._engine.cache_clear()
+    monkeypatch.setattr(unit_builder, "CHECK_ONE_IN", 1)
+    unit_builder.engine_of.cache_clear()
     manifest = prepare(make(tmp_path, engine="auto"), progress=False)
-    worker._engine.cache_clear()
+    unit_builder.engine_of.cache_clear()
     assert manifest.tokenizer["engine"] == f"tokenizers {tokenizers.__version__}"
     assert sum(message.startswith("gigatoken is not used any more") for message in caplog.messages) == 1
     found = digest(tmp_path / "out")
@@ -236,7 +237,7 @@ def check_best_fit_fills_rows(folder: Path, tokenizer: Path, path: Path) -> None
     source = prepare(settings, progress=False).sources[0]
     in_rows = sum(shard.tokens for shard in source.train + source.validation)
     assert source.dropped_tokens == 0 and source.padding / in_rows < 0.005
-    assert not shards.check(folder / "out", contents=True)
+    assert not verify.check(folder / "out", contents=True)
 
 
 def test_best_fit_fills_rows_of_varied_documents(tmp_path, tokenizer_dir):

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.config import save_config
-from data_prep import documents, tokenizing, worker
+from data_prep import tokenizing, unit_builder
+from data_prep.inputs import document, text
 from data_prep.prepare import prepare
 
 
@@ -33,10 +34,11 @@ def test_a_document_read_and_tokenized_in_parts_gives_the_same_bytes(
         return digest(tmp_path / name / "out")
 
     whole = made("whole")
-    for name, size in (("LONG_FILE_BYTES", 5_000), ("BLOCK_BYTES", 999)):
-        monkeypatch.setattr(documents, name, size)
-    monkeypatch.setattr(worker, "LONG_CHARACTERS", 5_000)
-    monkeypatch.setattr(worker, "BATCH_CHARACTERS", 1_000)
+    monkeypatch.setattr(text, "LONG_FILE_BYTES", 5_000)
+    for module in (text, document):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 999)
+    monkeypatch.setattr(unit_builder, "LONG_CHARACTERS", 5_000)
+    monkeypatch.setattr(unit_builder, "BATCH_CHARACTERS", 1_000)
     parts = []
     inner = tokenizing.cut_text
     monkeypatch.setattr(tokenizing, "cut_text", lambda *a: parts.append(list(inner(*a))) or iter(parts[-1]))
@@ -45,7 +47,7 @@ def test_a_document_read_and_tokenized_in_parts_gives_the_same_bytes(
 
 
 def test_a_long_file_that_is_not_utf8_is_counted_as_bad(tokenizer_dir, tales, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "LONG_FILE_BYTES", 5_000)
+    monkeypatch.setattr(text, "LONG_FILE_BYTES", 5_000)
     (tmp_path / "good.txt").write_text("\n".join(tales[:30]))
     (tmp_path / "bad.txt").write_bytes("\n".join(tales[:30]).encode() + b"\xff")
     (tmp_path / "cut.txt").write_bytes("\n".join(tales[:30]).encode() + "é".encode()[:1])

@@ -9,11 +9,11 @@ from helpers import config, digest, write_jsonl
 
 from common.config import save_config
 from common.errors import UserError
-from data_prep import shards
+from data_prep import shards, verify
 from data_prep.__main__ import main
 from data_prep.config import SourceConfig
 from data_prep.prepare import merge, prepare
-from data_prep.worker import is_validation
+from data_prep.unit_builder import is_validation
 
 
 def all_rows(folder: Path, split: str) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -132,7 +132,7 @@ def test_verify_checks_the_rows_even_if_the_hashes_match(tmp_path, tokenizer_dir
     content = json.loads((out / "manifest.json").read_text())
     content["tokenizer"]["vocab_size"] = 5
     (out / "manifest.json").write_text(json.dumps(content))
-    assert "outside the vocabulary" in shards.check(out, contents=True)[0]
+    assert "outside the vocabulary" in verify.check(out, contents=True)[0]
 
 
 def test_inspect_shows_a_row(corpus_dir, capsys):

@@ -1,0 +1,1 @@
+"""What a corpus is made from: files of every kind, and the documents in them."""

@@ -1,0 +1,54 @@
+"""What a document is, and the count of what was left out."""
+
+import codecs
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .files import open_decompressed
+
+BLOCK_BYTES = 1 << 22  # of a long text file that are in memory at once
+
+
+@dataclass(frozen=True)
+class LongText:
+    """A document too long to hold: its length and hash are known, its text is read again in blocks."""
+
+    path: str
+    characters: int
+    utf8_bytes: int
+    digest: bytes  # as `digest` gives it
+
+    def __len__(self) -> int:
+        return self.characters
+
+    def blocks(self) -> Iterator[str]:
+        """Its text, a few MB at a time."""
+        decode = codecs.getincrementaldecoder("utf-8")().decode
+        with open_decompressed(self.path) as file:
+            while content := file.read(BLOCK_BYTES):
+                yield decode(content)
+
+
+Document = str | LongText
+
+
+def digest(document: Document) -> bytes:
+    """16 bytes that stand for a document's text: they decide its split and find its duplicates."""
+    if isinstance(document, LongText):
+        return document.digest
+    return hashlib.blake2b(document.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+@dataclass
+class Tally:
+    """What was left out of a unit, by reason."""
+
+    bad: Counter = field(default_factory=Counter)  # unusable documents; config.max_bad_fraction limits these
+    filtered: Counter = field(default_factory=Counter)  # documents that the configuration does not want
+    damaged: list[str] = field(default_factory=list)  # files that could not be read to their end
+
+
+Found = Iterator[tuple[Any, dict]]  # what should be the text, and the record that filters look at

@@ -1,0 +1,240 @@
+"""The documents of one unit into the rows of its two splits: tokenize, pack, write shards, count.
+
+In: documents. Out: shard files, whose entries `SplitWriter.finish` returns, and the counts in `UnitBuilder.counts`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from re import Pattern
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from . import shards, tokenizing
+from .config import PrepareConfig
+from .inputs.document import Document, LongText, digest
+from .packing import PACKERS, PackedRows
+from .tokenizing import Engine, TokenizerSpec
+from .work_list import Unit
+
+BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
+CHECK_ONE_IN = 512  # one document in so many is compared with the reference tokenizer
+LONG_CHARACTERS = 1 << 22  # longer documents are tokenized in parts of BATCH_CHARACTERS
+
+
+class EngineMismatch(Exception):
+    """The fast engine gave other ids than the reference on a document of the run."""
+
+
+@lru_cache(maxsize=2)
+def engine_of(name: str, tokenizer: TokenizerSpec, parallel: bool = True) -> Engine:
+    if name == tokenizing.Gigatoken.name:
+        return tokenizing.Gigatoken(tokenizer, parallel)
+    return tokenizing.Reference(tokenizer)
+
+
+@lru_cache(maxsize=1)
+def _cut_pattern(tokenizer: TokenizerSpec) -> Pattern | None:
+    return tokenizing.find_cut_pattern(tokenizer)
+
+
+def hash_of(document: Document) -> int:
+    """64 bits of a document's hash: they decide its split, and whether its ids are checked."""
+    return int.from_bytes(digest(document)[:8], "big")
+
+
+def is_validation(document: Document, fraction: float) -> bool:
+    """Held out by a hash of the text, so that the same document is in the same split of any corpus."""
+    return hash_of(document) < fraction * 2**64
+
+
+def batches(found: Iterator[Document]) -> Iterator[list[str] | Document]:
+    """Lists of documents that have about BATCH_CHARACTERS together; a long document comes alone."""
+    batch: list[Any] = []
+    size = 0
+    for document in found:
+        alone = isinstance(document, LongText) or len(document) > LONG_CHARACTERS
+        if not alone:
+            batch.append(document)
+            size += len(document)
+        if batch and (alone or size >= BATCH_CHARACTERS):
+            yield batch
+            batch = []
+            size = 0
+        if alone:
+            yield document
+    if batch:
+        yield batch
+
+
+class UnitBuilder:
+    """Turns the documents of one unit into the rows of its two splits, and counts them."""
+
+    def __init__(self, unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, engine: Engine):
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.reference = engine_of(tokenizing.Reference.name, tokenizer)
+        self.must_check = not isinstance(engine, tokenizing.Reference)
+        self.validation_fraction = config.validation_fraction
+        self.bos: list[Any] = [tokenizer.special_ids["bos"]] * config.add_bos
+        self.eos: list[Any] = [tokenizer.special_ids["eos"]] * config.add_eos
+        schema = shards.schema(config.seq_len, shards.dtype_for(tokenizer.size), tokenizer.fingerprint)
+        self.splits = {name: SplitWriter(unit, name, config, schema, padding_id(tokenizer)) for name in shards.SPLITS}
+        self.counts: Counter = Counter()
+
+    def add_batch(self, texts: list[str]) -> None:
+        ids, lengths = self.engine.encode(texts)
+        hashes = np.array([hash_of(text) for text in texts], dtype=np.uint64)
+        if self.must_check:
+            self._check(texts, ids, lengths, hashes)
+        self.counts["no tokens"] += int((lengths == 0).sum())
+        ids, lengths = _add_bos_and_eos(ids, lengths, self.bos, self.eos)
+        if self.validation_fraction:
+            held_out = hashes < self.validation_fraction * 2**64
+        else:
+            held_out = np.zeros(len(texts), dtype=bool)
+        in_validation = np.repeat(held_out, lengths)  # of each token
+        self.splits["train"].add(ids[~in_validation], lengths[~held_out & (lengths > 0)])
+        if held_out.any():
+            self.splits["validation"].add(ids[in_validation], lengths[held_out & (lengths > 0)])
+        self._count(len(texts), sum(map(len, texts)), sum(map(_utf8_size, texts)), len(ids))
+
+    def add_long(self, document: Document) -> None:
+        """Add one document in parts, so that neither its text nor its ids are in memory as a whole."""
+        split = self.splits["validation" if is_validation(document, self.validation_fraction) else "train"]
+        is_on_disk = isinstance(document, LongText)
+        blocks = document.blocks() if is_on_disk else _slices(document)
+        tokens = split.add_long(self._encode_parts(blocks))
+        self.counts["no tokens"] += tokens == 0
+        self._count(1, len(document), document.utf8_bytes if is_on_disk else _utf8_size(document), tokens)
+
+    def _encode_parts(self, blocks: Iterator[str]) -> Iterator[np.ndarray]:
+        """The ids of one document, BOS and EOS included, a part at a time; nothing for a document without tokens."""
+        has_tokens = False
+        for part in tokenizing.cut_text(blocks, _cut_pattern(self.tokenizer), BATCH_CHARACTERS):
+            ids, lengths = self.engine.encode([part])
+            if self.must_check:
+                self._check([part], ids, lengths, np.array([hash_of(part)], dtype=np.uint64))
+            if len(ids) and not has_tokens:
+                has_tokens = True
+                yield np.array(self.bos, dtype=np.int64)
+            yield ids.astype(np.int64)
+        if has_tokens:
+            yield np.array(self.eos, dtype=np.int64)
+
+    def _count(self, documents: int, characters: int, size: int, tokens: int) -> None:
+        self.counts.update(documents=documents, characters=characters, bytes=size, tokens=tokens)
+
+    def _check(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray, hashes: np.ndarray) -> None:
+        """Compare a sample of the batch, chosen by hash, with the reference. Raises EngineMismatch."""
+        ends = np.cumsum(lengths)
+        for i in np.flatnonzero(hashes % CHECK_ONE_IN == 0):
+            expected, _ = self.reference.encode([texts[i]])
+            if not np.array_equal(ids[ends[i] - lengths[i] : ends[i]], expected):
+                raise EngineMismatch(
+                    f"its ids differ from those of tokenizers on a document that begins {texts[i][:60]!r}"
+                )
+
+
+def padding_id(tokenizer: TokenizerSpec) -> int:
+    """The id that fills the rest of a row with best_fit: pad, else eos, else 0."""
+    return next((i for i in (tokenizer.special_ids["pad"], tokenizer.special_ids["eos"]) if i is not None), 0)
+
+
+def _utf8_size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+
+
+def _slices(text: str) -> Iterator[str]:
+    return (text[start : start + BATCH_CHARACTERS] for start in range(0, len(text), BATCH_CHARACTERS))
+
+
+def _add_bos_and_eos(ids: np.ndarray, lengths: np.ndarray, bos: list[int], eos: list[int]) -> tokenizing.Encoded:
+    """Put `bos` and `eos`, each of one token or none, around each document that has tokens."""
+    has_tokens = lengths > 0
+    new_lengths = lengths + (len(bos) + len(eos)) * has_tokens
+    if not bos + eos or len(lengths) == 0:
+        return ids.astype(np.int64), lengths
+    out = np.empty(int(new_lengths.sum()), dtype=np.int64)
+    ends = np.cumsum(new_lengths)
+    is_text = np.ones(len(out), dtype=bool)
+    if bos:
+        first = (ends - new_lengths)[has_tokens]
+        out[first] = bos[0]
+        is_text[first] = False
+    if eos:
+        last = ends[has_tokens] - 1
+        out[last] = eos[0]
+        is_text[last] = False
+    out[is_text] = ids
+    return out, new_lengths
+
+
+class SplitWriter:
+    """Packs the documents of one split of one unit into rows and writes them to shard files."""
+
+    def __init__(self, unit: Unit, split: str, config: PrepareConfig, schema: pa.Schema, padding: int):
+        self.packer = PACKERS[config.packing](config.seq_len, padding)
+        self.padding = 0  # tokens
+        self._directory = Path(config.output_dir)
+        self._schema = schema
+        self._file_stem = f"{unit.source}/{split}-{unit.index:05d}"
+        bytes_per_token = schema.field("input_ids").type.value_type.bit_width // 8
+        bytes_per_batch = config.seq_len * bytes_per_token * shards.BATCH_ROWS
+        batches = max(1, (config.shard_mb << 20) // bytes_per_batch)
+        self._rows_per_shard = batches * shards.BATCH_ROWS
+        self._writer: shards.ShardWriter | None = None
+        self._finished: list[shards.Shard] = []
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Add documents: their ids end to end, and their lengths."""
+        self.packer.add(ids, lengths)
+        self._write(self.packer.take())
+
+    def add_long(self, parts: Iterator[np.ndarray]) -> int:
+        """Add one document whose ids come in parts; the rows are those of `add`. Returns its number of tokens."""
+        held = np.zeros(0, dtype=np.int64)
+        tokens = 0
+        for ids in parts:
+            tokens += len(ids)
+            held = np.concatenate([held, ids])
+            surplus = len(held) - self.packer.free_tokens
+            if surplus > 0:
+                # Pack up to a row's end, where a document is cut anyway, and hold back at least one token.
+                whole = len(held) - surplus + (surplus - 1) // self.packer.seq_len * self.packer.seq_len
+                self.add(held[:whole], np.array([whole]))
+                held = held[whole:]
+        if len(held):
+            self.add(held, np.array([len(held)]))
+        return tokens
+
+    def finish(self) -> list[shards.Shard]:
+        """Write the last rows; returns all shards of the split."""
+        self._write(self.packer.take(last=True))
+        if self._writer is not None:
+            self._close_shard()
+        return self._finished
+
+    def abandon(self) -> None:
+        """Remove the unfinished shard file."""
+        if self._writer is not None:
+            self._writer.abandon()
+
+    def _write(self, rows: PackedRows) -> None:
+        self.padding += rows.ids.size - int(rows.lengths.sum())
+        while len(rows):
+            if self._writer is None:
+                file = f"{self._file_stem}-{len(self._finished):03d}.arrow"
+                self._writer = shards.ShardWriter(self._directory, file, self._schema)
+            now, rows = rows.split(self._rows_per_shard - self._writer.rows)
+            self._writer.append(now)
+            if self._writer.rows == self._rows_per_shard:
+                self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._writer is not None:
+            self._finished.append(self._writer.close())
+            self._writer = None
