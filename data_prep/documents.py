@@ -23,7 +23,7 @@ def read(unit: Unit, source: SourceConfig, tally: Tally) -> Iterator[Document]:
     A file that is cut off or damaged gives what could be read, and is named in `tally.damaged`.
     """
     readers = {"jsonl": read_jsonl, "txt": read_txt, "parquet": read_parquet, "arrow": read_arrow}
-    for path in unit.files:
+    for path in (file.path for file in unit.files):
         try:
             for text, record in readers[kind(path)](path, unit, source, tally):
                 if _is_wanted(text, record, source, tally):

@@ -25,7 +25,7 @@ def estimate(config: PrepareConfig) -> str:
         tokens, seconds = _estimate_source(config, source, units, engine)
         total_tokens += tokens
         total_seconds += seconds
-        files = len({name for unit in units for name in unit.files})
+        files = len({file for unit in units for file in unit.files})
         size = sum(unit.size for unit in units)
         lines.append(
             f"{source.name:<14} {files:,} files, {size / 1e6:,.1f} MB, {len(units):,} units; about "

@@ -29,7 +29,8 @@ from common.files import force_to_disk, sha256_of, write_atomically
 from .packing import PackedRows
 
 FORMAT = "diffullama-shards"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # versions: the first has no last_continues, no index at a shard's end
 BATCH_ROWS = 1024  # rows per record batch, all but a shard's last: so a row's batch is a division
 SPLITS = ("train", "validation")
 MORE_VALIDATION = "a larger validation_fraction, a smaller seq_len or more documents"  # what gives validation rows
@@ -46,6 +47,15 @@ class Shard:
 
 
 @dataclass
+class Part:
+    """What one `prepare` or `append` made of a corpus."""
+
+    corpus_hash: str = field(metadata={"json": "recipe"})  # of the settings and inputs that decide its bytes
+    inputs: str  # the file with its work list, relative to the corpus folder
+    units: dict[str, int]  # of each of its sources
+
+
+@dataclass
 class SourceEntry:
     """One source of the manifest: what was read, and the shards made of it."""
 
@@ -57,6 +67,10 @@ class SourceEntry:
     bad: dict[str, int] = field(default_factory=dict)  # unusable documents, by reason
     filtered: dict[str, int] = field(default_factory=dict)  # documents that were not wanted, by reason
     damaged: list[str] = field(default_factory=list)  # files that could not be read to their end
+    ignored: dict[str, int] = field(default_factory=dict)  # files in its folders that are no documents, by suffix
+    special_tokens: dict[str, int] = field(default_factory=dict)  # documents whose text has a special token, by token
+    not_read_bytes: int = 0  # of files, beyond max_tokens
+    max_epochs: float = 0  # training repeats no row more often; 0: no limit
     tokens: int = 0  # with BOS and EOS; = places in rows - padding + dropped tokens
     dropped_tokens: int = field(default=0, metadata={"json": "remainder"})  # at the ends of units, filled no row
     padding: int = 0  # places in rows that hold no document
@@ -84,6 +98,7 @@ class Manifest:
     tokenizer: dict  # name, fingerprint, vocab_size, add_bos, add_eos, special_ids, engine
     corpus_hash: str = field(metadata={"json": "recipe"})  # of the settings and inputs that decide the bytes
     sources: list[SourceEntry]
+    parts: list[Part] = field(default_factory=list)
     format: str = FORMAT
     version: int = VERSION
 
@@ -114,9 +129,10 @@ class Manifest:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}); prepare the corpus again") from None
-        if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+        if content.get("format") != FORMAT or content.get("version") not in READABLE:
             found = f"{content.get('format')!r} version {content.get('version')!r}"
             raise UserError(f"{path}: found format {found}, expected {FORMAT!r} version {VERSION}")
+        content["parts"] = [_from_json(Part, part) for part in content.get("parts", [])]
         for source in content["sources"]:
             for split in SPLITS:
                 source[split] = [_from_json(Shard, shard) for shard in source[split]]

@@ -6,9 +6,13 @@ glob, a folder (all files of known kinds in it), or `@LIST`, a text file with on
 
 import glob
 import os
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from common.errors import UserError
 
@@ -37,9 +41,21 @@ def kind(path: str) -> str:
     return found
 
 
-def size_of(path: str) -> int:
+@dataclass(frozen=True)
+class InputFile:
+    path: str  # or URL
+    size: int  # bytes
+    stamp: str  # its ETag, else the time of its last change: another one after it was written again
+
+
+def look_at(path: str) -> InputFile:
+    """A file with its size and stamp."""
     system, plain = file_system(path)
-    return system.size(plain)
+    about = system.info(plain)
+    stamp = about.get("ETag") or about.get("etag")
+    if not stamp and isinstance(system, LocalFileSystem):
+        stamp = os.stat(plain).st_mtime_ns
+    return InputFile(path, about["size"], str(stamp or about.get("mtime") or about.get("LastModified") or ""))
 
 
 def _is_file(path: str) -> bool:
@@ -47,9 +63,12 @@ def _is_file(path: str) -> bool:
     return not path.endswith("/") and system.isfile(plain)
 
 
-def expand(source: SourceConfig) -> list[str]:
-    """The files of a source, in order. Raises UserError for a path that gives none, or a file named twice."""
-    files: list[str] = []
+def expand(source: SourceConfig) -> list[list[str]]:
+    """The files of each entry of a source's paths, in order.
+
+    Raises UserError for a path that gives none, or a file named twice.
+    """
+    files: list[list[str]] = []
     for path in source.paths:
         if path.startswith("@"):
             if not os.path.isfile(path[1:]):
@@ -62,10 +81,10 @@ def expand(source: SourceConfig) -> list[str]:
             missing = None
         if missing or not found:
             raise UserError(f"source {source.name}: no file matches {missing or path!r}")
-        files += found
-    if len(set(files)) != len(files):
-        twice = next(p for p in files if files.count(p) > 1)
-        raise UserError(f"source {source.name}: {twice} is named twice in paths")
+        files.append(found)
+    twice = [path for path, count in Counter(chain(*files)).items() if count > 1]
+    if twice:
+        raise UserError(f"source {source.name}: {twice[0]} is named twice in paths")
     return files
 
 

@@ -153,7 +153,7 @@ def test_inspect_shows_a_row(corpus_dir, capsys):
         ({"seq_len": 1}, "seq_len is 1, expected 2 or more"),
         ({"max_bad_fraction": 1.5}, "max_bad_fraction is 1.5, expected 0 or more and at most 1"),
         ({"num_workers": -1}, "num_workers is -1, expected 0 or more"),
-        ({"unit_mb": 0}, "unit_mb is 0, expected more than 0"),
+        ({"unit_mb": -1}, "unit_mb is -1, expected 0 or more"),
         ({"shard_mb": 0}, "shard_mb is 0, expected 1 or more"),
         ({"sources": [SourceConfig("a", [], weight=0)]}, "source a: weight is 0, expected more than 0"),
         ({"sources": [SourceConfig("../a", [])]}, "source name '../a': use letters"),
@@ -214,11 +214,11 @@ def test_the_manifest_keeps_the_names_of_its_json(corpus_dir):
     text = (corpus_dir / "manifest.json").read_text()
     content = json.loads(text)
     assert list(content) == [
-        "seq_len", "dtype", "packing", "tokenizer", "recipe", "sources", "format", "version",
+        "seq_len", "dtype", "packing", "tokenizer", "recipe", "sources", "parts", "format", "version",
     ]  # fmt: skip
     assert list(content["sources"][0]) == [
-        "name", "weight", "documents", "characters", "bytes", "bad", "filtered", "damaged", "tokens", "remainder",
-        "padding", "train", "validation",
+        "name", "weight", "documents", "characters", "bytes", "bad", "filtered", "damaged", "ignored",
+        "special_tokens", "not_read_bytes", "max_epochs", "tokens", "remainder", "padding", "train", "validation",
     ]  # fmt: skip
     manifest = shards.Manifest.load(corpus_dir)
     assert manifest.corpus_hash == content["recipe"]

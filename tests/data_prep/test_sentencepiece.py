@@ -55,9 +55,7 @@ def test_ids_are_those_of_transformers_and_of_sentencepiece(model_dir, tales):
 def test_a_corpus_holds_sentencepieces_ids_between_bos_and_eos(model_dir, tales, tmp_path):
     for i, tale in enumerate(tales[:20]):
         (tmp_path / f"{i:02d}.txt").write_text(tale)
-    settings = config(
-        tmp_path, model_dir, [tmp_path / f"{i:02d}.txt" for i in range(20)], validation_fraction=0, add_bos=True
-    )
+    settings = config(tmp_path, model_dir, [tmp_path / "*.txt"], validation_fraction=0, add_bos=True)
     manifest = prepare(settings, progress=False)
     rows = shards.ShardedRows(tmp_path / "out", manifest.sources[0].train)
     found = np.concatenate([rows.row(i)[0] for i in range(len(rows))])
