@@ -9,6 +9,13 @@ import fsspec
 from common.errors import UserError
 
 
+class ReadFailed(OSError):
+    """A file could not be read for a reason that is not in its content: a disk, a network, a permission."""
+
+    def __init__(self, path: str, error: BaseException):
+        super().__init__(f"cannot read {path}: {error or type(error).__name__}")
+
+
 def open_file(path: str) -> BinaryIO:
     """A seekable binary file, local or remote."""
     system, plain = file_system(path)

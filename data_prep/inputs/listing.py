@@ -7,6 +7,7 @@ glob, a folder (all files of known kinds in it), or `@LIST`, a text file with on
 import glob
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -114,3 +115,14 @@ def _files(system: fsspec.AbstractFileSystem, listing: dict[str, dict]) -> list[
 def _is_known(path: str) -> bool:
     plain = path.removesuffix(".gz").removesuffix(".zst")
     return os.path.splitext(plain)[1] in KINDS and os.path.basename(path) not in NOT_DOCUMENTS
+
+
+def check_unchanged(files: Iterable[InputFile]) -> None:
+    """Raise UserError, naming the file, where one has another size or stamp than when it was listed."""
+    for file in files:
+        found = look_at(file.path)
+        if found != file:
+            raise UserError(
+                f"{file.path} was written again since the work list was made ({file.size} bytes, stamp {file.stamp}; "
+                f"now {found.size} bytes, stamp {found.stamp}): its corpus would mix two versions"
+            )
