@@ -61,10 +61,11 @@ def load_config(schema: type[T], path: str | Path | None, overrides: list[str] |
     """
     config = OmegaConf.structured(schema)
     renamed = dict(_renamed(schema))
+    replaced = set(_of_any_type(schema))
     if path is not None:
         config = _merge_file(config, Path(path), renamed)
     for override in overrides or []:
-        _apply(config, override, renamed)
+        _apply(config, override, renamed, replaced)
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -102,7 +103,8 @@ def _move(loaded: DictConfig, old: str, new: str, path: Path) -> None:
     OmegaConf.update(loaded, new, holder.pop(key))
 
 
-def _apply(config: DictConfig, override: str, renamed: dict[str, str]) -> None:
+def _apply(config: DictConfig, override: str, renamed: dict[str, str], replaced: set[str]) -> None:
+    """`key=value` into the configuration: a mapping adds to the one that is there, but to those in `replaced`."""
     key, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"override {override!r}: expected key=value, such as train.steps=100")
@@ -110,10 +112,11 @@ def _apply(config: DictConfig, override: str, renamed: dict[str, str]) -> None:
         log.warning("%s is now called %s", key, renamed[key])
     try:
         value = OmegaConf.from_dotlist([f"value={text}"]).value
-        OmegaConf.update(config, renamed.get(key, key), value, merge=True)
+        key = renamed.get(key, key)
+        OmegaConf.update(config, key, value, merge=key not in replaced)
     except OmegaConfBaseException as error:
         raise UserError(f"override {override!r}: {_describe(error)}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a key that descends into a list is no number
         raise UserError(f"override {override!r}: {_one_line(error)}") from None
 
 
@@ -165,6 +168,15 @@ def _renamed(schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f.metadata["formerly"], prefix + f.name
         if is_dataclass(f.type):
             yield from _renamed(f.type, f"{prefix}{f.name}.")
+
+
+def _of_any_type(schema: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the settings that take values of several types, such as a name or a list of names."""
+    for f in fields(schema):
+        if is_dataclass(f.type):
+            yield from _of_any_type(f.type, f"{prefix}{f.name}.")
+        elif f.type is Any:
+            yield prefix + f.name
 
 
 def _describe(error: OmegaConfBaseException) -> str:

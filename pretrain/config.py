@@ -38,9 +38,12 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    path: str = setting("data/demo", may_change=True)  # a folder made by `python -m data_prep prepare`
+    # A folder made by `python -m data_prep prepare`, a list of folders, or {folder: weight}, as in pretrain/corpora.py
+    path: Any = setting("data/demo", may_change=True)
     isolate_documents: bool = False  # documents of a row do not see each other; positions restart
-    weights: dict[str, float] = field(default_factory=dict)  # mixture; default: the manifest's
+    weights: dict[str, float] = field(default_factory=dict)  # mixture, by source; default: the manifest's
+    # By source: training shows no row more often, then the other sources go on; 0: no limit. Default: the manifest's
+    max_epochs: dict[str, float] = field(default_factory=dict)
     # Shards at the start: hash them, compare their sizes, or hash them up to 4 GB (auto).
     verify: Literal["auto", "sha256", "size"] = setting("auto", may_change=True)
 

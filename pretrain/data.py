@@ -1,18 +1,25 @@
 """Which row comes when: the n-th row of a run is a pure function of (seed, n), whoever asks for it and when.
 
-    n ──mixture──▶ source, j ──epochs──▶ row of that source
+    n ──phase──▶ mixture ──▶ source, j ──epochs──▶ row of that source
 
-So the data state is one integer; ranks, accumulation and restarts need no code of their own.
+So the data state is one integer; ranks, accumulation and restarts need no code of their own. There is one phase,
+unless a source has `max_epochs`: where it has given all its rows, the next phase begins, of the other sources alone.
 """
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from fractions import Fraction
 from math import lcm
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
 from common.errors import UserError
-from data_prep.shards import Manifest, ShardedRows
+from data_prep.shards import ShardedRows
+
+from .config import RunConfig, total_steps
+from .corpora import exact, load_corpora
 
 # What a random stream is for; with (seed, n) it names the stream, so no two uses share one.
 NOISE, ORDER, VALIDATION = range(3)
@@ -24,7 +31,7 @@ def stream(seed: int, n: int, purpose: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, n], counter=[0, 0, 0, purpose]))
 
 
-def mixture_pattern(weights: list[float]) -> np.ndarray:
+def mixture_pattern(weights: Sequence[float | Fraction]) -> np.ndarray:
     """(P,) source index of each position of a period; every prefix has each source within 1 of its share.
 
     Tijdeman's rule for the chairman assignment problem: of the sources whose share allows one more,
@@ -32,11 +39,14 @@ def mixture_pattern(weights: list[float]) -> np.ndarray:
     period is their common denominator. Raises UserError for weights whose period would be longer
     than a million.
     """
-    exact = [Fraction(repr(weight)) for weight in weights]
-    shares = [weight / sum(exact) for weight in exact]
+    whole = sum(exact(weight) for weight in weights)
+    shares = [exact(weight) / whole for weight in weights]
     period = lcm(*(share.denominator for share in shares))
     if period > LONGEST_PATTERN:
-        raise UserError(f"mixture weights {weights} repeat only after {period} samples; write them with fewer digits")
+        raise UserError(
+            f"mixture weights {', '.join(map(str, weights))} repeat only after {period} samples; "
+            "write them with fewer digits, or give each source's by data.weights"
+        )
     target = np.array([int(share * period) for share in shares], dtype=np.int64)  # samples of each a period
     bound = max(2 * len(shares) - 2, 1)  # Tijdeman's 1/(2k - 2), inverted
     count = np.zeros_like(target)
@@ -65,43 +75,112 @@ def permute(index: int, size: int, seed: int, n: int) -> int:
             return index
 
 
-class TrainData:
-    """The rows of a corpus in the order of a run.
+class Phase:
+    """The part of the order, from position `start` on, in which the same sources take part.
 
-    `repeats`: how often each row comes in succession; row n of the order is then row n // repeats of the corpus's.
-    Raises UserError for a corpus without the manifest's sources or with weights for unknown ones.
+    `drawn` are the rows that each source has given before, `limits` those that it gives in all; None: no limit.
     """
 
-    def __init__(self, path: str, seed: int, weights: dict[str, float] | None = None, repeats: int = 1):
-        manifest = Manifest.load(path)
-        chosen = weights or {source.name: source.weight for source in manifest.sources}
-        known = {source.name: source for source in manifest.sources}
-        if set(chosen) - set(known):
-            raise UserError(f"data.weights names {sorted(set(chosen) - set(known))}; {path} has {sorted(known)}")
-        self.names = [name for name, weight in chosen.items() if weight > 0]
-        if not self.names or min(chosen.values()) < 0:
-            raise UserError(f"data.weights is {chosen}, expected 0 or more for each source, and more for at least one")
-        self.train = [ShardedRows(Path(path), known[name].train) for name in self.names]
-        self.validation = [ShardedRows(Path(path), known[name].validation) for name in self.names]
-        for name, rows in zip(self.names, self.train):
-            if not len(rows):
-                raise UserError(f"{path}: source {name} has no training rows")
-        self.seq_len = manifest.seq_len
+    def __init__(self, start: int, drawn: list[int], weights: list[Fraction], limits: list[int | None]):
+        self.start = start
+        self.drawn = drawn
+        active = [k for k, limit in enumerate(limits) if limit is None or drawn[k] < limit]
+        self.pattern = np.array(active, dtype=np.int32)[mixture_pattern([weights[k] for k in active])]
+        self.per_period = np.bincount(self.pattern, minlength=len(weights))
+        self.rank = np.empty_like(self.pattern)  # each position's index among its own source's positions
+        ends = []
+        for source in active:
+            positions = np.flatnonzero(self.pattern == source)
+            self.rank[positions] = np.arange(len(positions))
+            limit = limits[source]
+            if limit is not None:  # where it gives its last row
+                periods, i = divmod(limit - drawn[source] - 1, len(positions))
+                ends.append(start + periods * len(self.pattern) + int(positions[i]) + 1)
+        self.end = min(ends, default=None)  # None: it goes on for ever
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(source, how many rows that source has given before)."""
+        period, i = divmod(position - self.start, len(self.pattern))
+        source = int(self.pattern[i])
+        return source, self.drawn[source] + period * int(self.per_period[source]) + int(self.rank[i])
+
+    def drawn_before(self, position: int) -> list[int]:
+        """Rows that each source has given before a position of this phase, or before its end."""
+        periods, rest = divmod(position - self.start, len(self.pattern))
+        rows = self.drawn + periods * self.per_period + np.bincount(self.pattern[:rest], minlength=len(self.drawn))
+        return rows.tolist()
+
+
+def phases(weights: list[Fraction], limits: list[int | None]) -> list[Phase]:
+    """All phases of the order, the last without an end unless every source has a limit."""
+    drawn = [0] * len(weights)
+    found = [Phase(0, drawn, weights, limits)]
+    while (end := found[-1].end) is not None:
+        drawn = found[-1].drawn_before(end)
+        if drawn == limits:
+            break
+        found.append(Phase(end, drawn, weights, limits))
+    return found
+
+
+class TrainData:
+    """The rows of one corpus or several in the order of a run.
+
+    `path`, `weights` and `max_epochs` are those of `DataConfig`. `repeats`: how often each row comes in succession;
+    row n of the order is then row n // repeats of the corpus's, and counts as one of an epoch's.
+    Raises UserError for corpora that do not fit each other, and for weights or limits that do not fit the corpora.
+    """
+
+    def __init__(
+        self,
+        path: Any,
+        seed: int,
+        weights: dict[str, float] | None = None,
+        repeats: int = 1,
+        max_epochs: dict[str, float] | None = None,
+    ):
+        corpora = load_corpora(path)
+        chosen = corpora.mixture(weights)
+        self.names = list(chosen)
+        sources = [corpora.sources[name] for name in self.names]
+        self.train = [ShardedRows(Path(source.folder), source.entry.train) for source in sources]
+        self.validation = [ShardedRows(Path(source.folder), source.entry.validation) for source in sources]
+        for name, source in zip(self.names, sources):
+            if not source.rows:
+                raise UserError(f"{source.folder}: source {name} has no training rows")
+        self.seq_len = corpora.seq_len
         self.seed = seed
         self.repeats = repeats
-        self.tokenizer = manifest.tokenizer
-        self.fingerprint = manifest.fingerprint
-        self._pattern = mixture_pattern([chosen[name] for name in self.names])
-        self._per_period = np.bincount(self._pattern, minlength=len(self.names))
-        self._rank = np.empty_like(self._pattern)  # each position's index among its own source's positions
-        for source in range(len(self.names)):
-            self._rank[self._pattern == source] = np.arange(self._per_period[source])
+        self.tokenizer = corpora.tokenizer
+        self.fingerprint = corpora.fingerprint
+        self._limits = [corpora.row_limit(name, max_epochs) for name in self.names]
+        self._phases = phases(list(chosen.values()), self._limits)
+        self._starts = [phase.start for phase in self._phases]
+        end = self._phases[-1].end
+        self.rows = None if end is None else end * repeats  # of the order; None: it has no end
+
+    @classmethod
+    def of_run(cls, config: RunConfig, repeats: int) -> Self:
+        """What a run draws its rows from. Raises UserError where it has fewer of them than the run's steps take."""
+        data = cls(config.data.path, config.train.seed, config.data.weights, repeats, config.data.max_epochs)
+        steps, batch = total_steps(config, data.seq_len), config.train.global_batch_size
+        if data.rows is not None and data.rows < steps * batch:
+            fewer = f"set train.steps to at most {data.rows // batch}, or " if data.rows >= batch else ""
+            raise UserError(
+                f"the run takes {steps:,} steps × {batch:,} rows = {steps * batch:,}, but {data._rows_in_words()}; "
+                f"{fewer}raise data.max_epochs"
+            )
+        return data
 
     def locate(self, n: int) -> tuple[int, int, int]:
-        """(source, epoch, row) of the n-th row of the order; an epoch shows each row of its source once."""
-        period, i = divmod(n // self.repeats, len(self._pattern))
-        source = int(self._pattern[i])
-        j = period * int(self._per_period[source]) + int(self._rank[i])
+        """(source, epoch, row) of the n-th row of the order; an epoch shows each row of its source once.
+
+        Raises UserError where the order has no such row, because all its sources have a limit.
+        """
+        if self.rows is not None and n >= self.rows:
+            raise UserError(f"row {n:,} was asked for, but {self._rows_in_words()}; raise data.max_epochs")
+        position = n // self.repeats
+        source, j = self._phases[bisect_right(self._starts, position) - 1].locate(position)
         epoch, index = divmod(j, len(self.train[source]))
         return source, epoch, permute(index, len(self.train[source]), self.seed, epoch * len(self.names) + source)
 
@@ -112,9 +191,16 @@ class TrainData:
 
     def consumed(self, count: int) -> dict[str, int]:
         """Rows of each source among the first `count` of the order; a row that repeats counts once."""
-        periods, rest = divmod(-(-count // self.repeats), len(self._pattern))
-        rows = periods * self._per_period + np.bincount(self._pattern[:rest], minlength=len(self.names))
-        return dict(zip(self.names, rows.tolist()))
+        position = -(-count // self.repeats)
+        phase = self._phases[bisect_right(self._starts, position) - 1]
+        return dict(zip(self.names, phase.drawn_before(position)))
+
+    def _rows_in_words(self) -> str:
+        """Of an order that ends."""
+        about = zip(self.names, self._limits, self.train)
+        given = ", ".join(f"{name} {limit:,}, as it has {len(rows):,}" for name, limit, rows in about)
+        twice = f", each {self.repeats} times" if self.repeats > 1 else ""
+        return f"max_epochs leaves {self.rows:,} ({given}{twice})"
 
     def held_out(self, rows: int) -> list[tuple[ShardedRows, int, int, int]]:
         """(source, row, i, N) of up to `rows` validation rows a source, evenly spread: its i-th of N."""

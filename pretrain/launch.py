@@ -9,9 +9,12 @@ from typing import Any
 
 from common.errors import UserError
 from common.log import this_rank
-from data_prep import shards, tokenizing, verify
+from data_prep import tokenizing, verify
 
 from .config import RunConfig
+from .corpora import Corpora, folders, load_corpora, shown
+from .data import TrainData
+from .objectives import make_objective
 
 HASH_UP_TO = 4 << 30  # bytes of shards that data.verify=auto reads whole
 
@@ -32,22 +35,41 @@ def fast_dtype() -> str:
     return "bf16" if amx is not None and amx() else "fp32"
 
 
-def check_corpus(config: RunConfig, tokenizer: Any) -> shards.Manifest:
-    """The manifest, once the shards are whole, made with this tokenizer, and of the right length. Raises UserError."""
-    manifest = shards.Manifest.load(config.data.path)
-    tokenizing.check_same(tokenizer, manifest.tokenizer, config.data.path, f"model.base {config.model.base!r}")
+def check_corpus(config: RunConfig, tokenizer: Any) -> Corpora:
+    """All corpora, once their shards are whole, made with this tokenizer, and of the right length. Raises UserError."""
+    corpora = load_corpora(config.data.path)
+    for folder, manifest in corpora.manifests.items():
+        tokenizing.check_same(tokenizer, manifest.tokenizer, folder, f"model.base {config.model.base!r}")
     if this_rank() == 0:
-        size = sum(shard.bytes for source in manifest.sources for shard in source.train + source.validation)
+        parts = [source.entry.train + source.entry.validation for source in corpora.sources.values()]
+        size = sum(shard.bytes for part in parts for shard in part)
         hashes = config.data.verify == "sha256" or (config.data.verify == "auto" and size <= HASH_UP_TO)
-        problems = verify.check(config.data.path, hashes=hashes)
+        problems = [problem for folder in corpora.manifests for problem in verify.check(folder, hashes=hashes)]
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise UserError(f"{problems[0]}{more}; prepare the corpus again")
-    if config.train.seq_len not in (None, manifest.seq_len):
+    _check_length(config, corpora.seq_len)
+    return corpora
+
+
+def planned_data(config: RunConfig) -> TrainData | None:
+    """What a run will draw its rows from; None where a corpus is not here and train.seq_len says the rows' length.
+
+    Raises UserError where the corpora do not fit the configuration, or have too few rows.
+    """
+    absent = [folder for folder in folders(config.data.path) if not (Path(folder) / "manifest.json").exists()]
+    if absent and config.train.seq_len is not None:
+        return None
+    data = TrainData.of_run(config, make_objective(config, mask_token_id=None).repeats)
+    _check_length(config, data.seq_len)
+    return data
+
+
+def _check_length(config: RunConfig, seq_len: int) -> None:
+    if config.train.seq_len not in (None, seq_len):
         raise UserError(
-            f"{config.data.path} has rows of {manifest.seq_len} tokens, but train.seq_len is {config.train.seq_len}"
+            f"{shown(config.data.path)} has rows of {seq_len} tokens, but train.seq_len is {config.train.seq_len}"
         )
-    return manifest
 
 
 def launch_environment() -> int:

@@ -18,9 +18,8 @@ if not __package__:  # run as a file: find the project, and keep pretrain/*.py f
 from common.cli import command, make_parser
 from common.config import load_config
 from common.log import log
-from data_prep import shards
 from pretrain.config import RunConfig, accumulation_steps, check_run
-from pretrain.launch import check_corpus, fast_dtype, launch_environment, packaged, start_ranks
+from pretrain.launch import check_corpus, fast_dtype, launch_environment, packaged, planned_data, start_ranks
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -41,12 +40,10 @@ def print_plan(args: argparse.Namespace, config: RunConfig, dtype: str) -> None:
 
     world_size = args.world_size or int(os.environ.get("WORLD_SIZE", 1))
     shape = plan.shape_of(config)
-    seq_len = config.train.seq_len
-    if seq_len is None:  # then only the shards can tell
-        seq_len = shards.Manifest.load(config.data.path).seq_len
+    data = planned_data(config)
     path = packaged(args.deepspeed_config)
     ds_config = deepspeed_config.resolve(path, config, dtype, shape.hidden_size, world_size)
-    print(plan.describe(config, ds_config, shape, seq_len, world_size))
+    print(plan.describe(config, ds_config, shape, data, world_size))
 
 
 @command
@@ -72,14 +69,14 @@ def main(argv: list[str] | None = None) -> int:
     accumulation_steps(config, world_size)
     check_same_run(config)
     tokenizer = adapt.load_tokenizer(config.model)
-    manifest = check_corpus(config, tokenizer)
-    base = adapt.base_config(config.model, manifest.seq_len)
+    corpora = check_corpus(config, tokenizer)
+    base = adapt.base_config(config.model, corpora.seq_len)
     objective = OBJECTIVES[config.objective]
     learnt = getattr(base, "mask_token_id", None)
     mask_token_id = adapt.add_mask_token(tokenizer, config.model, learnt) if objective.masks else None
     if config.model.init == "random":
         adapt.take_token_ids(base, tokenizer)
-    adapt.check_fits(config, base, manifest.tokenizer["vocab_size"])
+    adapt.check_fits(config, base, corpora.tokenizer["vocab_size"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     backends = adapt.check_acceleration(config.model, objective.forms(config), device, torch_dtype)

@@ -7,6 +7,8 @@ from common.errors import UserError
 
 from .adapt import architecture_config
 from .config import RunConfig, accumulation_steps, total_steps
+from .corpora import shown
+from .data import TrainData
 from .model.loss import CHUNK_BYTES
 
 GIB = 1 << 30
@@ -63,9 +65,14 @@ def memory_per_rank(
     }
 
 
-def describe(config: RunConfig, ds_config: dict, shape: PretrainedConfig, seq_len: int, world_size: int) -> str:
-    """The dry run's page."""
+def describe(
+    config: RunConfig, ds_config: dict, shape: PretrainedConfig, data: TrainData | None, world_size: int
+) -> str:
+    """The dry run's page. `data` None: a corpus is not here, and train.seq_len says the rows' length."""
     count = parameters(shape)
+    seq_len = data.seq_len if data else config.train.seq_len
+    if seq_len is None:
+        raise ValueError("without data, train.seq_len must say the rows' length")
     steps = total_steps(config, seq_len)
     per_step = config.train.global_batch_size * seq_len
     memory = memory_per_rank(count, shape, config, ds_config, seq_len, world_size)
@@ -78,6 +85,7 @@ def describe(config: RunConfig, ds_config: dict, shape: PretrainedConfig, seq_le
         f"model          {config.model.base}: {count / 1e6:,.1f}M parameters, {shape.num_hidden_layers} layers × "
         f"{shape.hidden_size}, vocabulary {shape.vocab_size:,}"
         + (", new weights" if config.model.init == "random" else ""),
+        f"data           {shown(config.data.path)}: {_epochs(data, steps * config.train.global_batch_size)}",
         f"rows           {seq_len} tokens",
         f"global batch   {config.train.global_batch_size} rows = {per_step:,} tokens a step: micro-batch "
         f"{config.train.micro_batch_size} × accumulation {accumulation} × {world_size} rank(s)",
@@ -94,3 +102,15 @@ def describe(config: RunConfig, ds_config: dict, shape: PretrainedConfig, seq_le
         + f" → {sum(memory.values()) / GIB:.1f} GiB, buffers and fragmentation not counted",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _epochs(data: TrainData | None, rows: int) -> str:
+    """What the run's rows are of each source."""
+    if data is None:
+        return "not here, so its rows are not counted"
+    drawn = data.consumed(rows)
+    total = sum(drawn.values())
+    return ", ".join(
+        f"{name} {drawn[name] / total:.1%}, {drawn[name] / len(source):,.2f} epochs"
+        for name, source in zip(data.names, data.train)
+    )

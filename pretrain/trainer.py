@@ -76,7 +76,7 @@ class Trainer:
         self.rank = dist.get_rank()
         self.watchdog = Watchdog(config.run_dir, self.rank, self.world_size, config.guards.stall_minutes)
         self.objective = make_objective(config, mask_token_id)
-        self.data = TrainData(config.data.path, config.train.seed, config.data.weights, self.objective.repeats)
+        self.data = TrainData.of_run(config, self.objective.repeats)
         self.steps = total_steps(config, self.data.seq_len)
         self.tokens_per_step = config.train.global_batch_size * self.data.seq_len
         self.saved = {

@@ -9,8 +9,8 @@ from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel
 
 from common.errors import UserError
-from data_prep.shards import Manifest
-from pretrain.config import ModelConfig
+from pretrain.config import DataConfig, ModelConfig
+from pretrain.corpora import folders, load_corpora
 from pretrain.model.reading import uses_shift
 from pretrain.model.stock import BIDIRECTIONAL
 
@@ -49,7 +49,7 @@ def model_card(run: RunFolder, model: PreTrainedModel, about: dict, target: str,
         "architecture": f"`{model.config.model_type}`, {parameters}",
         "use": _use(run, model, target),
         "recipe": _recipe(run),
-        "data": _data(run.config.data.path),
+        "data": _data(run.config.data),
         "figure": figure,
         "evaluation": f"## Evaluation\n\n{evaluation.read_text(errors='replace')}\n" if evaluation.exists() else "",
         "licence": f"The base model's is `{licence['license']}`." if licence else UNKNOWN_LICENCE,
@@ -119,15 +119,20 @@ def _recipe(run: RunFolder) -> str:
     return "\n".join(["| setting | value |", "| --- | --- |", *lines])
 
 
-def _data(path: str) -> str:
-    """Markdown of what the corpus holds; one line where it is no longer there."""
+def _data(data: DataConfig) -> str:
+    """Markdown of what the corpora hold; one line where one of them is no longer there."""
+    names = {folder: f"`{Path(folder).name}`" for folder in folders(data.path)}
     try:
-        manifest = Manifest.load(path)
+        corpora = load_corpora(data.path)
+        weights = corpora.mixture(data.weights)
     except UserError:
-        return f"The corpus `{Path(path).name}`."
-    lines = [f"| source of `{Path(path).name}` | weight | rows of {manifest.seq_len} tokens |", "| --- | --- | --- |"]
-    for source in manifest.sources:
-        lines.append(f"| {source.name} | {source.weight:g} | {sum(shard.rows for shard in source.train):,} |")
+        return f"The {'corpus' if len(names) == 1 else 'corpora'} {', '.join(names.values())}."
+    of = f" of {next(iter(names.values()))}" if len(names) == 1 else ""
+    lines = [f"| source{of} | weight | rows of {corpora.seq_len} tokens |", "| --- | --- | --- |"]
+    for name, weight in weights.items():
+        source = corpora.sources[name]
+        where = "" if of or "/" in name else f" of {names[source.folder]}"
+        lines.append(f"| {name}{where} | {float(weight):g} | {source.rows:,} |")
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.log import log
 
 from ..config import RunConfig
+from ..corpora import shown
 from .checkpoint import find_checkpoint
 from .ranks import barrier, rank_and_world_size
 
@@ -72,7 +73,8 @@ def find_resume_checkpoint(config: RunConfig, ds_config: dict, corpus: str) -> t
         )
     if about["corpus_fingerprint"] != corpus and not config.checkpoint.allow_changes:
         raise UserError(
-            f"{folder} was trained on other shards than {config.data.path} has now (at the time: {about['corpus']}); "
+            f"{folder} was trained on other shards than {shown(config.data.path)} has now "
+            f"(at the time: {shown(about['corpus'])}); "
             "take those, choose another run_dir, or checkpoint.allow_changes=true to go on with these"
         )
     if about.get("offload", "none") != offload_device(ds_config):
