@@ -9,6 +9,7 @@ data.weights and data.max_epochs name sources. Where two corpora have a source w
 
 import hashlib
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,7 +20,6 @@ from typing import Any
 from common.errors import UserError
 from data_prep.shards import Manifest, SourceEntry
 
-EXPECTED = "a folder, a list of folders, or a mapping of folders to weights"
 # What may differ in the manifests' tokenizers: of the sizes the largest counts, the others do not change what ids mean.
 MAY_DIFFER = ("vocab_size", "name", "engine")
 
@@ -49,6 +49,11 @@ class Corpora:
     @property
     def seq_len(self) -> int:
         return next(iter(self.manifests.values())).seq_len
+
+    def check_length(self, expected: int | None) -> None:
+        """Raise UserError where the rows have another length than `expected`, which is train.seq_len."""
+        if expected not in (None, self.seq_len):
+            raise UserError(f"{shown(self.path)} has rows of {self.seq_len} tokens, but train.seq_len is {expected}")
 
     @property
     def tokenizer(self) -> dict[str, Any]:
@@ -109,28 +114,29 @@ def exact(number: float | Fraction) -> Fraction:
     return Fraction(str(number))
 
 
-def folders(path: Any) -> dict[str, Fraction | None]:
-    """The folders of data.path, in order, with the weights that it gives them. Raises UserError."""
-    if isinstance(path, dict):
-        given = [(str(folder), weight) for folder, weight in path.items()]
-    else:
-        listed = path if isinstance(path, list | tuple) else [path]
-        if not all(isinstance(folder, str | int | float | Path) for folder in listed):  # YAML reads 2024 as a number
-            raise UserError(f"data.path is {path!r}, expected {EXPECTED}")
-        given = [(str(folder), None) for folder in listed]
-    if not given or not all(folder for folder, _ in given):
-        raise UserError(f"data.path is {path!r}, expected {EXPECTED}")
-    twice = [folder for folder, count in Counter(folder for folder, _ in given).items() if count > 1]
+def folders(path: Any) -> list[str]:
+    """The folders of data.path, in order. Raises UserError for a value that is none of the three forms."""
+    listed = list(path) if isinstance(path, list | tuple | dict) else [path]
+    names = [str(folder) for folder in listed if isinstance(folder, str | int | float | Path)]  # YAML: 2024 is a number
+    if not names or not all(names) or len(names) < len(listed):
+        raise UserError(
+            f"data.path is {path!r}, expected a folder, a list of folders, or a mapping of folders to weights"
+        )
+    twice = [folder for folder, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"data.path names {twice[0]} twice")
-    if not isinstance(path, dict):
-        return dict(given)
-    for folder, weight in given:
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight) or weight < 0:
+    return names
+
+
+def _shares(path: dict) -> dict[str, Fraction]:
+    """The weights of the corpora in data.path."""
+    for folder, weight in path.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 <= weight < inf:
             raise UserError(f"data.path gives {folder} the weight {weight!r}, expected a number of 0 or more")
-    if not any(weight for _, weight in given):
-        raise UserError(f"data.path gives every corpus the weight 0: {shown(path)}")
-    return {folder: exact(weight) for folder, weight in given}
+    if not any(path.values()):
+        raise UserError(f"data.path is {shown(path)}, expected a weight above 0 for at least one corpus")
+    return {str(folder): exact(weight) for folder, weight in path.items()}
 
 
 def shown(path: Any) -> str:
@@ -146,17 +152,15 @@ def load_corpora(path: Any) -> Corpora:
     Raises UserError for a value that is no such thing, a folder without a manifest, corpora whose rows do not fit
     each other, and sources that cannot be told apart.
     """
-    weights = folders(path)
-    manifests = {folder: Manifest.load(folder) for folder in weights}
+    manifests = {folder: Manifest.load(folder) for folder in folders(path)}
+    shares = _shares(path) if isinstance(path, dict) else None
     first = next(iter(manifests))
-    for folder, manifest in manifests.items():
-        _check_alike(first, manifests[first], folder, manifest)
     sources = []
     for folder, manifest in manifests.items():
-        share, total = weights[folder], sum(exact(entry.weight) for entry in manifest.sources)
-        for entry in manifest.sources:
-            weight = exact(entry.weight)
-            sources.append(Source(folder, entry, weight if share is None else share * weight / total))
+        _check_alike(first, manifests[first], folder, manifest)
+        total = sum(exact(entry.weight) for entry in manifest.sources)
+        factor = shares[folder] / total if shares else 1
+        sources += [Source(folder, entry, exact(entry.weight) * factor) for entry in manifest.sources]
     return Corpora(path, manifests, _named(sources))
 
 
@@ -185,7 +189,7 @@ def _named(sources: list[Source]) -> dict[str, Source]:
     for source in sources:
         name = source.entry.name
         if count[name] > 1:
-            name = f"{Path(source.folder).resolve().name}/{name}"
+            name = f"{os.path.basename(os.path.abspath(source.folder))}/{name}"
         if name in named:
             raise UserError(
                 f"{named[name].folder} and {source.folder} both have a source {source.entry.name}, and the same last "

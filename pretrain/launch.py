@@ -12,9 +12,7 @@ from common.log import this_rank
 from data_prep import tokenizing, verify
 
 from .config import RunConfig
-from .corpora import Corpora, folders, load_corpora, shown
-from .data import TrainData
-from .objectives import make_objective
+from .corpora import Corpora, load_corpora
 
 HASH_UP_TO = 4 << 30  # bytes of shards that data.verify=auto reads whole
 
@@ -48,28 +46,8 @@ def check_corpus(config: RunConfig, tokenizer: Any) -> Corpora:
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise UserError(f"{problems[0]}{more}; prepare the corpus again")
-    _check_length(config, corpora.seq_len)
+    corpora.check_length(config.train.seq_len)
     return corpora
-
-
-def planned_data(config: RunConfig) -> TrainData | None:
-    """What a run will draw its rows from; None where a corpus is not here and train.seq_len says the rows' length.
-
-    Raises UserError where the corpora do not fit the configuration, or have too few rows.
-    """
-    absent = [folder for folder in folders(config.data.path) if not (Path(folder) / "manifest.json").exists()]
-    if absent and config.train.seq_len is not None:
-        return None
-    data = TrainData.of_run(config, make_objective(config, mask_token_id=None).repeats)
-    _check_length(config, data.seq_len)
-    return data
-
-
-def _check_length(config: RunConfig, seq_len: int) -> None:
-    if config.train.seq_len not in (None, seq_len):
-        raise UserError(
-            f"{shown(config.data.path)} has rows of {seq_len} tokens, but train.seq_len is {config.train.seq_len}"
-        )
 
 
 def launch_environment() -> int:

@@ -19,7 +19,7 @@ from common.cli import command, make_parser
 from common.config import load_config
 from common.log import log
 from pretrain.config import RunConfig, accumulation_steps, check_run
-from pretrain.launch import check_corpus, fast_dtype, launch_environment, packaged, planned_data, start_ranks
+from pretrain.launch import check_corpus, fast_dtype, launch_environment, packaged, start_ranks
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -40,7 +40,7 @@ def print_plan(args: argparse.Namespace, config: RunConfig, dtype: str) -> None:
 
     world_size = args.world_size or int(os.environ.get("WORLD_SIZE", 1))
     shape = plan.shape_of(config)
-    data = planned_data(config)
+    data = plan.planned_data(config)
     path = packaged(args.deepspeed_config)
     ds_config = deepspeed_config.resolve(path, config, dtype, shape.hidden_size, world_size)
     print(plan.describe(config, ds_config, shape, data, world_size))

@@ -1,5 +1,7 @@
 """What a run needs, computed from its configuration alone: `--dry_run`, without launcher, weights or data."""
 
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
@@ -7,9 +9,10 @@ from common.errors import UserError
 
 from .adapt import architecture_config
 from .config import RunConfig, accumulation_steps, total_steps
-from .corpora import shown
+from .corpora import folders, load_corpora, shown
 from .data import TrainData
 from .model.loss import CHUNK_BYTES
+from .objectives import make_objective
 
 GIB = 1 << 30
 
@@ -63,6 +66,18 @@ def memory_per_rank(
         "activations": saved,
         "logits": CHUNK_BYTES * 1.5 + 4 * shape.vocab_size * width,
     }
+
+
+def planned_data(config: RunConfig) -> TrainData | None:
+    """What a run will draw its rows from; None where a corpus is not here and train.seq_len says the rows' length.
+
+    Raises UserError where the corpora do not fit each other or the configuration, or have too few rows.
+    """
+    absent = [folder for folder in folders(config.data.path) if not (Path(folder) / "manifest.json").exists()]
+    if absent and config.train.seq_len is not None:
+        return None
+    load_corpora(config.data.path).check_length(config.train.seq_len)
+    return TrainData.of_run(config, make_objective(config, mask_token_id=None).repeats)
 
 
 def describe(
