@@ -1,4 +1,7 @@
-"""What a run needs, computed from its configuration alone: `--dry_run`, without launcher, weights or data."""
+"""What a run needs, from its configuration and, where they are here, its corpora's manifests: `--dry_run`.
+
+Without launcher, weights or shards.
+"""
 
 from pathlib import Path
 

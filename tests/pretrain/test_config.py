@@ -41,6 +41,7 @@ def test_precedence_and_round_trip(tmp_path):
         ("{}", ["train.stpes=3"], "override 'train.stpes=3': unknown key"),
         ("{}", ["train.steps"], "expected key=value"),
         ("{}", ["train.steps=x"], "could not be converted to Integer"),
+        ("data: {path: [a, b]}", ["data.path.c=1"], "override 'data.path.c=1': invalid literal for int"),
     ],
 )
 def test_errors_name_file_and_key(tmp_path, text, overrides, message):
