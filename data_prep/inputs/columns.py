@@ -4,6 +4,7 @@ Memory: of a Parquet row group, however large it is, one page of each column and
 memory. Of Arrow, one record batch as it was written (`datasets` writes 1,000 rows).
 """
 
+import os
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -45,17 +46,20 @@ def _rows_a_batch(group: pq.RowGroupMetaData, columns: list[str] | None) -> int:
     return min(BATCH_ROWS, max(1, BATCH_BYTES * group.num_rows // max(1, size)))
 
 
-class _SeesTheEnd:
-    """A file that knows whether a read has found nothing more."""
+class _Stream:
+    """A file for Arrow's stream reader: asks for no more bytes than there are, and knows whether one found none."""
 
     closed = False
 
     def __init__(self, file: BinaryIO):
         self.file = file
+        self.size = file.seek(0, os.SEEK_END)
         self.at_end = False
+        file.seek(0)
 
     def read(self, size: int = -1) -> bytes:
-        content = self.file.read(size)
+        left = self.size - self.file.tell()
+        content = self.file.read(min(size, left) if size >= 0 else left)  # a length may be damaged: 2**60
         self.at_end = size != 0 and not content
         return content
 
@@ -71,7 +75,7 @@ def read_arrow(path: str, unit: Unit, source: SourceConfig, tally: Tally, max_by
             batches = map(file.get_batch, range(file.num_record_batches))
             yield from _rows_of_batches(path, batches, file.schema, source, tally, max_bytes)
             return
-        watched = _SeesTheEnd(opened)
+        watched = _Stream(opened)
         stream = pa.ipc.open_stream(watched)
         yield from _rows_of_batches(path, stream, stream.schema, source, tally, max_bytes)
         if watched.at_end:

@@ -91,8 +91,8 @@ class _Fetched(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         with _reading(self._path):
             content = self._file.read(len(buffer))
-            position = self._file.tell() if not content and self._size else 0
-        if position and position < self._size:
+            position = self._size if content else self._file.tell()
+        if position < self._size:
             raise ReadFailed(self._path, f"it ended after {position:,} of {self._size:,} bytes")
         buffer[: len(content)] = content
         return len(content)
