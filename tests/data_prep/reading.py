@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
@@ -27,7 +28,7 @@ class Faulty(MemoryFileSystem):
     """`faulty://name`: files of `contents`; reading the byte `at` raises `error`, or ends the file if that is None."""
 
     protocol = "faulty"
-    contents: dict[str, bytes] = {}
+    contents: ClassVar[dict[str, bytes]] = {}
     at = -1
     error: BaseException | None = None
 
