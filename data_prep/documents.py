@@ -31,8 +31,8 @@ UNLIMITED = sys.maxsize
 def read(unit: Unit, source: SourceConfig, tally: Tally, max_bytes: int = UNLIMITED) -> Iterator[Document]:
     """Yield the unit's documents that pass the source's filters, in order; count the others.
 
-    A file that is cut off or damaged gives what could be read, and is named in `tally.damaged` with the reason. A line
-    or row of more than `max_bytes` is counted as bad; text files may have any length, if no hook has to see them.
+    A file that is cut off or damaged gives what could be read, and is named in `tally.damaged` with the reason. A line of
+    JSONL or a text in a column of more than `max_bytes` is counted as bad; text files may have any length, if no hook has to see them.
     Raises ReadFailed for a file that could not be read for another reason, and UserError for one that is gone, a column
     that is not there, or a hook that fails.
     """

@@ -143,7 +143,7 @@ def _names(fields: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _rows_of(batch: pa.RecordBatch, source: SourceConfig, tally: Tally, max_bytes: int) -> Found:
-    """Text and record of each row; rows that are not UTF-8, or whose values exceed `max_bytes`, are counted as bad."""
+    """Text and record of each row; rows that are not UTF-8, or whose text exceeds `max_bytes`, are counted as bad."""
     try:
         records = batch.to_pylist() if batch.nbytes <= max_bytes else None
     except UnicodeDecodeError:
@@ -153,7 +153,7 @@ def _rows_of(batch: pa.RecordBatch, source: SourceConfig, tally: Tally, max_byte
             yield value_at(record, source.text_field), record
         return
     for row in (batch.slice(i, 1) for i in range(len(batch))):
-        if _bytes_of(row) > max_bytes:
+        if _text_bytes(row, source.text_field) > max_bytes:
             tally.bad[TOO_LONG] += 1
             continue
         try:
@@ -164,7 +164,13 @@ def _rows_of(batch: pa.RecordBatch, source: SourceConfig, tally: Tally, max_byte
         yield value_at(record, source.text_field), record
 
 
-def _bytes_of(row: pa.RecordBatch) -> int:
-    """Of one row's values; of a dictionary only the value that it uses."""
-    arrays = [a.dictionary_decode() if pa.types.is_dictionary(a.type) else a for a in row.columns]
-    return sum(array.nbytes for array in arrays)
+def _text_bytes(row: pa.RecordBatch, field: str) -> int:
+    """Of one row's text, without making it a Python object."""
+    path = [field] if field in row.schema.names else field.split(".")
+    value: Any = row.column(path[0])[0]
+    for part in path[1:]:
+        value = value[part]
+    if isinstance(value, pa.DictionaryScalar):
+        value = value.value
+    buffer = value.as_buffer() if isinstance(value, pa.BinaryScalar) else None
+    return buffer.size if buffer is not None else 0
