@@ -31,10 +31,10 @@ UNLIMITED = sys.maxsize
 def read(unit: Unit, source: SourceConfig, tally: Tally, max_bytes: int = UNLIMITED) -> Iterator[Document]:
     """Yield the unit's documents that pass the source's filters, in order; count the others.
 
-    A file that is cut off or damaged gives what could be read, and is named in `tally.damaged` with the reason. A line of
-    JSONL or a text in a column of more than `max_bytes` is counted as bad; text files may have any length, if no hook has to see them.
-    Raises ReadFailed for a file that could not be read for another reason, and UserError for one that is gone, a column
-    that is not there, or a hook that fails.
+    A file that is cut off or damaged gives what could be read, and is named in `tally.damaged` with the reason. A line
+    of JSONL, or a text of a column, of more than `max_bytes` is bad; a text file may have any length, unless a hook
+    has to see it. Raises ReadFailed for a file that could not be read for another reason, and UserError for one
+    that is gone, a column that is not there, or a hook that fails.
     """
     readers = {"jsonl": read_jsonl, "txt": read_txt, "parquet": read_parquet, "arrow": read_arrow}
     is_wanted = _selector(source, tally, max_bytes)

@@ -1,7 +1,8 @@
 """The documents of Parquet and Arrow files: one a row.
 
-Memory: of a Parquet row group, however large it is, one page of each column and one batch of BATCH_BYTES are in
-memory. Of Arrow, one record batch as it was written (`datasets` writes 1,000 rows).
+Memory: of a Parquet row group, however large, one page of each column and one batch of BATCH_BYTES: 44 MB for a row
+group of 1 GB. A single value larger than a page takes about four times its size, whether it is kept or not. Of Arrow,
+one record batch as it was written (`datasets` writes 1,000 rows) is in memory.
 """
 
 import os

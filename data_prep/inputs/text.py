@@ -1,6 +1,9 @@
 """The documents of JSONL and text files.
 
 A byte order mark at the start of a file is no part of its first document.
+
+Memory: a line of JSONL takes about three times its size while it is parsed, six times if it has a character beyond
+U+FFFF; one beyond the limit takes no more than the limit. Of a text file BLOCK_BYTES are in memory.
 """
 
 import codecs

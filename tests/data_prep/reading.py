@@ -36,7 +36,7 @@ class Faulty(MemoryFileSystem):
     def _strip_protocol(cls, path: str) -> str:
         return path.removeprefix("faulty://")
 
-    def open(self, path: str, mode: str = "rb", **_) -> io.RawIOBase:
+    def open(self, path: str, mode: str = "rb", **_) -> io.BytesIO:
         return _FaultyFile(self.contents[path])
 
 
