@@ -10,6 +10,7 @@ Precedence, lowest first: defaults in the dataclass, the YAML file, the command 
         times: str = setting("a", formerly="train.when")          # the old key still works
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import Field, field, fields, is_dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from .files import write_atomically
 from .log import log
 
 T = TypeVar("T")
+DOLLAR = "\ue000"  # stands for a $ that OmegaConf must not see: a character that no text has
 
 
 def setting(
@@ -53,9 +55,12 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-def load_config(schema: type[T], path: str | Path | None, overrides: list[str] | None = None) -> T:
+def load_config(
+    schema: type[T], path: str | Path | None, overrides: list[str] | None = None, interpolate: bool = True
+) -> T:
     """Read `path` over the defaults of `schema`, then apply `key=value` overrides (dots descend).
 
+    With `interpolate` false `${...}` is text, such as part of a file's name, but for `${oc.env:NAME}`.
     Raises UserError for a missing file, YAML that does not parse, an unknown key, a value of the
     wrong type, or an override without `=`.
     """
@@ -63,23 +68,43 @@ def load_config(schema: type[T], path: str | Path | None, overrides: list[str] |
     renamed = dict(_renamed(schema))
     replaced = set(_of_any_type(schema))
     if path is not None:
-        config = _merge_file(config, Path(path), renamed)
+        config = _merge_file(config, Path(path), renamed, interpolate)
     for override in overrides or []:
-        _apply(config, override, renamed, replaced)
+        _apply(config, override if interpolate else _hide_dollars(override), renamed, replaced)
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise UserError(f"{path or 'configuration'}: no value for {', '.join(missing)}")
-        return OmegaConf.to_object(config)  # type: ignore[return-value]
+        found: Any = OmegaConf.to_object(config)
+        return found if interpolate else _show_dollars(found)
     except OmegaConfBaseException as error:
         raise UserError(f"{path or 'configuration'}: {_describe(error)}") from None
 
 
-def _merge_file(config: DictConfig, path: Path, renamed: dict[str, str]) -> DictConfig:
+def _hide_dollars(text: str) -> str:
+    return re.sub(r"\$(?=\{(?!oc\.env:))", DOLLAR, text)
+
+
+def _show_dollars(value: Any) -> Any:
+    """`value` with the text that `_hide_dollars` was given, in all of its strings; an escaped `\\${` is `${`."""
+    if isinstance(value, str):
+        return value.replace("\\" + DOLLAR, "$").replace(DOLLAR, "$")
+    if isinstance(value, list):
+        return [_show_dollars(one) for one in value]
+    if isinstance(value, dict):
+        return {_show_dollars(key): _show_dollars(one) for key, one in value.items()}
+    if is_dataclass(value):
+        for f in fields(value):
+            setattr(value, f.name, _show_dollars(getattr(value, f.name)))
+    return value
+
+
+def _merge_file(config: DictConfig, path: Path, renamed: dict[str, str], interpolate: bool) -> DictConfig:
     if not path.is_file():
         raise UserError(f"no configuration file at {path}")
     try:
-        loaded = OmegaConf.create(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        loaded = OmegaConf.create(text if interpolate else _hide_dollars(text))
         if not isinstance(loaded, DictConfig):
             raise UserError(f"{path}: expected `key: value` lines at the top level")
         for old, new in renamed.items():
@@ -189,4 +214,5 @@ def _describe(error: OmegaConfBaseException) -> str:
 
 def _one_line(error: Exception) -> str:
     """OmegaConf appends lines about its own types; a YAML error tells its place over several lines."""
-    return str(error).splitlines()[0] if isinstance(error, OmegaConfBaseException) else str(error).replace("\n", " ")
+    text = str(error).splitlines()[0] if isinstance(error, OmegaConfBaseException) else str(error).replace("\n", " ")
+    return text.replace(DOLLAR, "$")

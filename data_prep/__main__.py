@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(args: argparse.Namespace) -> PrepareConfig:
-    return load_config(PrepareConfig, args.config, args.overrides)
+    return load_config(PrepareConfig, args.config, args.overrides, interpolate=False)  # paths may hold ${
 
 
 def _prepare(args: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ from omegaconf import MISSING
 from common.config import check_bounds, setting
 from common.errors import UserError
 
+from .inputs import filters
+
 
 @dataclass
 class SourceConfig:
@@ -66,11 +68,12 @@ def check_prepare(config: PrepareConfig) -> None:
 
 
 def _check_source(source: SourceConfig) -> None:
-    """The name becomes a folder, so it must not leave the corpus folder or be hidden."""
+    """The name becomes a folder, so it must not leave the corpus folder or be hidden; its filters mean something."""
     valid = source.name and all(c.isalnum() or c in "-_." for c in source.name) and source.name[0] != "."
     if not valid:
         raise UserError(f"source name {source.name!r}: use letters, digits, '-', '_' and '.', not '.' first")
     try:
         check_bounds(source)
+        filters.check(source)
     except UserError as error:
         raise UserError(f"source {source.name}: {error}") from None

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -247,6 +247,28 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     config = load_config(Outer, None, ["inner.many=[0.2, 0.3]", "inner.names={b: 2}", "inner.limit=4", "place=a, b"])
     save_config(config, tmp_path / "c.yaml")
     assert load_config(Outer, tmp_path / "c.yaml") == config
+
+
+@dataclass
+class Texts:
+    place: str = "here"
+    many: list[str] = setting([])
+    names: dict[str, Any] = setting({})
+
+
+def test_dollars_are_text_where_nothing_is_interpolated_but_the_environment_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", "/here")
+    path = tmp_path / "c.yaml"
+    lines = ["${oc.env:PLACE}/a", "/b/${x}/${c", r"\${d}", "$e", "${oc.env:PLACE}/${f:g}"]
+    path.write_text("place: '${place}'\nmany: [" + ", ".join(f"'{text}'" for text in lines) + "]\n")
+    found = load_config(Texts, path, ["names.z=${h}"], interpolate=False)
+    assert (found.place, found.names) == ("${place}", {"z": "${h}"})
+    assert found.many == ["/here/a", "/b/${x}/${c", "${d}", "$e", "/here/${f:g}"]
+    with pytest.raises(UserError, match=r"count: Value '\$\{c\}' of type 'str' could not be converted to Integer"):
+        load_config(Outer, None, ["count=${c}"], interpolate=False)
+    monkeypatch.delenv("PLACE")
+    with pytest.raises(UserError, match="Environment variable 'PLACE' not found"):
+        load_config(Texts, path, interpolate=False)
 
 
 def test_instances_do_not_share_their_defaults():

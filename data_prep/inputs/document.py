@@ -10,6 +10,7 @@ from typing import Any
 from .files import open_decompressed
 
 BLOCK_BYTES = 1 << 22  # of a long text file that are in memory at once
+TOO_LONG = "longer than max_document_mb"  # why a document is bad
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class LongText:
 
     def blocks(self) -> Iterator[str]:
         """Its text, a few MB at a time."""
-        decode = codecs.getincrementaldecoder("utf-8")().decode
+        decode = codecs.getincrementaldecoder("utf-8-sig")().decode  # without a byte order mark
         with open_decompressed(self.path) as file:
             while content := file.read(BLOCK_BYTES):
                 yield decode(content)
@@ -47,8 +48,8 @@ class Tally:
     """What was left out of a unit, by reason."""
 
     bad: Counter = field(default_factory=Counter)  # unusable documents; config.max_bad_fraction limits these
-    filtered: Counter = field(default_factory=Counter)  # documents that the configuration does not want
-    damaged: list[str] = field(default_factory=list)  # files that could not be read to their end
+    filtered: Counter = field(default_factory=Counter)  # documents that are empty, or that the source does not want
+    damaged: list[str] = field(default_factory=list)  # "path: reason" of files damaged or cut off; max_damaged_files
 
 
 Found = Iterator[tuple[Any, dict]]  # what should be the text, and the record that filters look at
