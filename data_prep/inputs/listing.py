@@ -211,7 +211,7 @@ def _select(names: list[str], url: Callable[[str], str]) -> tuple[list[str], dic
             splits = content.get("splits") if isinstance(content, dict) else None
             first = splits[0] if splits else "train"
             raise UserError(
-                f"{url(folder) or "."} holds a DatasetDict, of the splits {', '.join(splits or ['unknown'])}; "
+                f"{url(folder) or '.'} holds a DatasetDict, of the splits {', '.join(splits or ['unknown'])}; "
                 f"give the one that is meant, such as paths: [{posixpath.join(url(folder), first)}]"
             )
     return select(names, lambda folder: _listed_in_state(url(folder)))
