@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -335,7 +335,7 @@ def _real(path: str) -> str:
     parts = urlsplit(url)
     port = {"http": ":80", "https": ":443"}[parts.scheme]
     return parts._replace(
-        netloc=parts.netloc.lower().removesuffix(port), path=posixpath.normpath(parts.path), fragment=""
+        netloc=parts.netloc.lower().removesuffix(port), path=posixpath.normpath(unquote(parts.path)), fragment=""
     ).geturl()
 
 
