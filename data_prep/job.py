@@ -61,8 +61,8 @@ class Job:
 def load_job(config: PrepareConfig, save: bool = True) -> Job:
     """Check the configuration, load its tokenizer, and make its work list or load the saved one.
 
-    With `save` false nothing is written: the files of an unfinished corpus are listed again. Raises UserError also for
-    an unfinished corpus that was begun with other settings.
+    With `save` false nothing is written, and the files are listed whatever there is. Raises UserError also for an
+    unfinished corpus that was begun with other settings.
     """
     check_prepare(config)
     tokenizer = tokenizing.load_tokenizer(config.tokenizer, config.tokenizer_revision)
@@ -71,11 +71,13 @@ def load_job(config: PrepareConfig, save: bool = True) -> Job:
             raise UserError(f"add_{name[:3]} is true, but tokenizer {config.tokenizer!r} has no {name}")
     spec = tokenizing.spec_of(tokenizer, config.tokenizer, config.tokenizer_revision)
     directory = Path(config.output_dir)
-    if (directory / "manifest.json").exists():
+    if not save:
+        work = make_work_list(config, spec)
+    elif (directory / "manifest.json").exists():
         parts = [work_list.load(directory / part.inputs) for part in shards.Manifest.load(directory).parts]
         work = work_list.join(parts) if parts else WorkList(_settings(config, spec), [])
     else:
-        work = _saved_work_list(config, spec) if save else make_work_list(config, spec)
+        work = _saved_work_list(config, spec)
     return Job(config, spec, work)
 
 
@@ -125,14 +127,15 @@ def _source_settings(source: SourceConfig) -> dict[str, Any]:
     return json.loads(json.dumps(found))  # as it is when it was saved: tuples are lists
 
 
-def _difference(config: PrepareConfig, tokenizer: TokenizerSpec, work: WorkList) -> str | None:
-    """The first setting in which a configuration differs from that of a work list."""
+def _difference(config: PrepareConfig, tokenizer: TokenizerSpec, work: WorkList, adding: bool = False) -> str | None:
+    """The first setting in which a configuration differs from that of a work list; `adding` allows more sources."""
     pairs = [("", work.settings, _settings(config, tokenizer))]
     then = {source.name: source for source in work.sources}
     for source in config.sources:
-        if source.name not in then:
+        if source.name in then:
+            pairs.append((f"{source.name}: ", then.pop(source.name).settings, _source_settings(source)))
+        elif not adding:
             return f"source {source.name} is new"
-        pairs.append((f"{source.name}: ", then.pop(source.name).settings, _source_settings(source)))
     if then:
         return f"source {next(iter(then))} is not there any more"
     for owner, old, new in pairs:
@@ -194,7 +197,7 @@ def load_finished(job: Job) -> shards.Manifest | None:
     if not (job.directory / "manifest.json").exists():
         return None
     manifest = shards.Manifest.load(job.directory)
-    difference = _change(job) if manifest.parts else _difference_of_early(job, manifest)
+    difference = change(job) if manifest.parts else _difference_of_early(job, manifest)
     if difference:
         raise UserError(
             f"{job.directory} holds a corpus made from other settings or files ({difference}); "
@@ -209,15 +212,20 @@ def load_finished(job: Job) -> shards.Manifest | None:
     return manifest
 
 
-def _change(job: Job) -> str | None:
-    """What differs from the settings and files that a finished corpus was made from; the files are listed again."""
-    difference = _difference(job.config, job.tokenizer, job.work)
+def change(job: Job, adding: bool = False) -> str | None:
+    """What differs from the settings and files that a finished corpus was made from; the files are listed again.
+
+    With `adding`, more sources and more files are no difference.
+    """
+    difference = _difference(job.config, job.tokenizer, job.work, adding)
     if difference:
         return difference + (APPEND if difference.endswith("is new") else "")
     then = {source.name: source.files() for source in job.work.sources}
     for source in job.config.sources:
+        if source.name not in then:
+            continue
         found = work_list.first_change(then[source.name], list(chain(*list_files(source).groups)))
-        if found:
+        if found and not (adding and found[0] == "was added"):
             what, file = found
             return f"{file.path} {what}{APPEND if what == 'was added' else ''}"
     return None

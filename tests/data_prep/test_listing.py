@@ -219,7 +219,7 @@ def test_a_pattern_gives_what_pythons_glob_gives(tree, pattern):
 
 
 def test_item_7_a_path_that_is_there_is_no_pattern(tmp_path):
-    put(tmp_path, "part[1].jsonl", "part1.jsonl", "what?.jsonl", "whats.jsonl", "all*/a.jsonl", "allies/b.jsonl")
+    put(tmp_path, "part[1].jsonl", "part1.jsonl", "what?.jsonl", "what1.jsonl", "all*/a.jsonl", "allies/b.jsonl")
     for path in (tmp_path, f"file://{tmp_path}"):
         for name in ("part[1].jsonl", "what?.jsonl"):
             assert names_of(f"{path}/{name}") == [f"{path}/{name}"]

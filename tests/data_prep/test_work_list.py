@@ -299,12 +299,15 @@ def test_a_finished_corpus_names_the_file_that_is_another(finished, tmp_path, ta
     write_jsonl(tmp_path / "in" / "c.jsonl", tales[:5])
     with pytest.raises(UserError, match=r"c.jsonl was added; .*use `python -m data_prep append CONFIG`\)"):
         prepare(finished, progress=False)
+    assert job.change(job.load_job(finished), adding=True) is None
     (tmp_path / "in" / "c.jsonl").unlink()
     finished.sources.append(SourceConfig("new", [str(b)]))
+    assert job.change(job.load_job(finished), adding=True) is None
     with pytest.raises(UserError, match=r"source new is new; .*append CONFIG`\)"):
         prepare(finished, progress=False)
     del finished.sources[1]
     finished.add_bos = True
+    assert job.change(job.load_job(finished), adding=True) == "add_bos was False and is True"
     with pytest.raises(UserError, match=r"\(add_bos was False and is True\)"):
         prepare(finished, progress=False)
 
@@ -317,6 +320,7 @@ def test_a_corpus_of_an_earlier_version_is_finished_where_its_manifest_agrees(fi
     shutil.rmtree(tmp_path / "out" / "inputs")
     assert prepare(finished, progress=False).corpus_hash == "of that version"
     assert any("was made by an earlier version" in message for message in caplog.messages)
+    assert "2 files" in estimate(finished)
     finished.packing = "best_fit"
     with pytest.raises(UserError, match="packing was 'concat' and is 'best_fit'"):
         prepare(finished, progress=False)
