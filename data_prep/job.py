@@ -118,8 +118,13 @@ def _settings(config: PrepareConfig, tokenizer: TokenizerSpec) -> dict[str, Any]
     return {
         "version": shards.VERSION,
         "tokenizer": tokenizer.fingerprint,
-        **{name: getattr(config, name) for name in HASHED},
+        **{name: _number(getattr(config, name)) for name in HASHED},
     }
+
+
+def _number(value: Any) -> Any:
+    """0 for 0.0, which a YAML file gives where a call gives 0: they have one hash."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _source_settings(source: SourceConfig) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def list_files(source: SourceConfig) -> Listing:
 
     Raises UserError for a path that gives none, a file of unknown kind, or one that two names stand for.
     """
-    _forget_listings(source.paths)
     try:
+        _forget_listings(source.paths)
         entries = in_threads(_entry, source.paths, "list paths")
     except UserError as error:
         raise UserError(f"source {source.name}: {error}") from None

@@ -132,6 +132,8 @@ def test_a_glob_on_a_remote_file_system_is_read(bucket):
     assert texts_of(f"{bucket}/*.gz") == texts_of(bucket) == TEXTS
     with pytest.raises(UserError, match="nothing"):
         listed(f"{bucket}/nothing.jsonl")
+    with pytest.raises(UserError, match=r"source s: nowhere://a.jsonl: Protocol not known"):
+        listed("nowhere://a.jsonl")
 
 
 def test_remote_folders_say_what_they_leave_out(bucket):

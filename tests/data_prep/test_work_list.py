@@ -255,6 +255,15 @@ def test_an_unfinished_corpus_of_an_earlier_version_is_refused(tmp_path, tokeniz
         job.load_job(settings)
 
 
+def test_a_whole_number_has_one_hash(tmp_path, tokenizer_dir, tales):
+    paths = [write_jsonl(tmp_path / "a.jsonl", tales[:50])]
+    jobs = [
+        job.load_job(config(tmp_path, tokenizer_dir, paths, unit_mb=unit_mb, validation_fraction=fraction), save=False)
+        for unit_mb, fraction in ((0, 0), (0.0, 0.0))
+    ]
+    assert jobs[0].corpus_hash == jobs[1].corpus_hash
+
+
 # Of a corpus that is finished
 
 
