@@ -26,7 +26,7 @@ class SourceConfig:
     filters: dict[str, Any] = field(default_factory=dict)
     filter: str = ""  # module:function that is given each record and says whether to keep it
     max_tokens: int = setting(0, at_least=0)  # documents beyond so many tokens are not read; 0: no limit
-    max_epochs: float = setting(0, at_least=0)  # training repeats no row more often; 0: no limit
+    max_epochs: float = setting(0.0, at_least=0)  # training repeats no row more often; 0: no limit
 
 
 @dataclass
@@ -51,7 +51,7 @@ class PrepareConfig:
     validation_fraction: float = setting(0.01, at_least=0, below=1)
     num_workers: int = setting(0, at_least=0)  # processes; 0: one per CPU that this process may use
     # MB of files per unit of work; every unit begins new shard files. 0: 1/256 of the source, within 16 and 1024
-    unit_mb: float = setting(0, at_least=0)
+    unit_mb: float = setting(0.0, at_least=0)
     shard_mb: int = setting(1024, at_least=1)  # a shard file is closed when its tokens take this many MB
 
 

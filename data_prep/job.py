@@ -4,26 +4,34 @@ In: a PrepareConfig. Out: a `Job`; its folder is locked, and holds what other se
 """
 
 import fcntl
-import hashlib
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
-from common.files import write_atomically
 from common.log import log
 
 from . import documents, shards, tokenizing, work_list
-from .config import PrepareConfig, check_prepare
+from .config import PrepareConfig, SourceConfig, check_prepare
+from .inputs import filters
 from .inputs.document import Tally
+from .inputs.listing import list_files
 from .tokenizing import Engine, TokenizerSpec
-from .work_list import Unit
+from .work_list import SourceList, Unit, WorkList
 
 # All that decides the bytes of a corpus, beside its tokenizer, its sources and its files
-HASHED = ("seq_len", "packing", "add_bos", "add_eos", "validation_fraction", "deduplicate", "unit_mb", "shard_mb")
+HASHED = (
+    "seq_len", "packing", "add_bos", "add_eos", "separator", "special_tokens_in_text", "max_document_mb",
+    "validation_fraction", "deduplicate", "unit_mb", "shard_mb",
+)  # fmt: skip
+HASHED_OF_SOURCE = ("text_field", "tokens_field", "boundaries", "min_characters", "max_tokens")  # and its filters
+APPEND = "; to add to the corpus, use `python -m data_prep append CONFIG`"
 SAMPLE_DOCUMENTS = 200  # of the first unit, on which the fast engine is compared with the reference
 SAMPLE_CHARACTERS = 20_000  # of each of them
 
@@ -34,67 +42,224 @@ class Job:
 
     config: PrepareConfig
     tokenizer: TokenizerSpec
-    units: list[Unit]  # of all sources
-    corpus_hash: str
+    work: WorkList  # of a finished corpus: that of all its parts; empty for one of version 1, which kept none
 
     @property
     def directory(self) -> Path:
         return Path(self.config.output_dir)
 
+    @cached_property
+    def units(self) -> list[Unit]:
+        """Of all sources."""
+        return self.work.units
 
-def load_job(config: PrepareConfig) -> Job:
-    """Check the configuration, load its tokenizer and list its units."""
+    @cached_property
+    def corpus_hash(self) -> str:
+        return self.work.corpus_hash()
+
+
+def load_job(config: PrepareConfig, save: bool = True) -> Job:
+    """Check the configuration, load its tokenizer, and make its work list or load the saved one.
+
+    With `save` false nothing is written, and the files are listed whatever there is. Raises UserError also for an
+    unfinished corpus that was begun with other settings.
+    """
     check_prepare(config)
     tokenizer = tokenizing.load_tokenizer(config.tokenizer, config.tokenizer_revision)
     for wanted, name in ((config.add_bos, "bos_token"), (config.add_eos, "eos_token")):
         if wanted and getattr(tokenizer, f"{name}_id") is None:
             raise UserError(f"add_{name[:3]} is true, but tokenizer {config.tokenizer!r} has no {name}")
     spec = tokenizing.spec_of(tokenizer, config.tokenizer, config.tokenizer_revision)
-    units = [unit for source in config.sources for unit in work_list.units(source, int(config.unit_mb * 2**20))]
-    return Job(config, spec, units, _corpus_hash(config, spec, units))
+    directory = Path(config.output_dir)
+    if not save:
+        work = make_work_list(config, spec)
+    elif (directory / "manifest.json").exists():
+        parts = [work_list.load(directory / part.inputs) for part in shards.Manifest.load(directory).parts]
+        work = work_list.join(parts) if parts else WorkList(_settings(config, spec), [])
+    else:
+        work = _saved_work_list(config, spec)
+    return Job(config, spec, work)
 
 
-def _corpus_hash(config: PrepareConfig, tokenizer: TokenizerSpec, units: list[Unit]) -> str:
-    """Hash of everything that decides the corpus: settings, and the files' names, sizes and ends."""
-    settings = {
+def work_list_path(directory: Path) -> Path:
+    """Of a corpus that is not finished."""
+    return directory / ".work" / "work_list.json"
+
+
+def make_work_list(config: PrepareConfig, tokenizer: TokenizerSpec, before: WorkList | None = None) -> WorkList:
+    """List the files of every source and cut them into units; beside `before`, only the files that are not in it.
+
+    The units of a source in `before` are numbered from the end of those, and a source without new files is left out.
+    """
+    began = time.monotonic()
+    known = {source.name: source for source in before.sources} if before else {}
+    sources = []
+    for source in config.sources:
+        listing = list_files(source)
+        first = 0
+        if source.name in known:
+            listing = work_list.without(listing, known[source.name].files())
+            first = known[source.name].units[-1].index + 1
+        units = work_list.units(source, int(config.unit_mb * 2**20), listing, first)
+        if units:
+            sources.append(
+                SourceList(source.name, list(source.paths), _source_settings(source), listing.ignored, units)
+            )
+        if listing.ignored:
+            log.info("source %s: left out, as no documents: %s", source.name, work_list.ignored_text(listing.ignored))
+    found = WorkList(_settings(config, tokenizer), sources)
+    files = sum(len(source.files()) for source in sources)
+    log.info("listed %s files, %s units in %.1f s", f"{files:,}", f"{len(found.units):,}", time.monotonic() - began)
+    return found
+
+
+def _settings(config: PrepareConfig, tokenizer: TokenizerSpec) -> dict[str, Any]:
+    """All settings that decide the bytes of the corpus, but those of its sources."""
+    return {
         "version": shards.VERSION,
         "tokenizer": tokenizer.fingerprint,
-        **{name: getattr(config, name) for name in HASHED},
-        "sources": {s.name: [s.text_field, s.min_characters, s.filters] for s in config.sources},
+        **{name: _number(getattr(config, name)) for name in HASHED},
     }
-    content = json.dumps([settings, [work_list.unit_key(unit) for unit in units]], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _number(value: Any) -> Any:
+    """0 for 0.0, which a YAML file gives where a call gives 0: they have one hash."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _source_settings(source: SourceConfig) -> dict[str, Any]:
+    found = {name: getattr(source, name) for name in HASHED_OF_SOURCE} | {"filters": filters.recipe(source)}
+    return json.loads(json.dumps(found))  # as it is when it was saved: tuples are lists
+
+
+def _difference(config: PrepareConfig, tokenizer: TokenizerSpec, work: WorkList, adding: bool = False) -> str | None:
+    """The first setting in which a configuration differs from that of a work list; `adding` allows more sources."""
+    pairs = [("", work.settings, _settings(config, tokenizer))]
+    then = {source.name: source for source in work.sources}
+    for source in config.sources:
+        if source.name in then:
+            pairs.append((f"{source.name}: ", then.pop(source.name).settings, _source_settings(source)))
+        elif not adding:
+            return f"source {source.name} is new"
+    if then:
+        return f"source {next(iter(then))} is not there any more"
+    for owner, old, new in pairs:
+        for name in [*old, *new]:
+            if old.get(name) != new.get(name):
+                return f"{owner}{name} was {old.get(name)!r} and is {new.get(name)!r}"
+    return None
+
+
+def _saved_work_list(config: PrepareConfig, tokenizer: TokenizerSpec) -> WorkList:
+    """The work list of an unfinished corpus; the first task makes it, and others that start meanwhile wait."""
+    directory = Path(config.output_dir)
+    path = work_list_path(directory)
+    if (path.parent / "recipe").exists():
+        raise UserError(
+            f"{directory} holds an unfinished corpus made by an earlier version; choose another output_dir, or delete "
+            "that folder first"
+        )
+    if not path.exists():
+        with _work_list_lock(path):
+            if not path.exists():
+                work = make_work_list(config, tokenizer)
+                work.save(path)
+                return work
+    work = work_list.load(path)
+    difference = _difference(config, tokenizer, work)
+    if not difference and [source.paths for source in work.sources] != [list(s.paths) for s in config.sources]:
+        moved = make_work_list(config, tokenizer)  # the same files may have come to another folder
+        if moved.corpus_hash() != work.corpus_hash():
+            difference = "paths name other files"
+        else:
+            moved.save(path)
+            work = moved
+    if difference:
+        raise UserError(
+            f"{directory} holds an unfinished corpus made from other settings or files ({difference}); "
+            "choose another output_dir, or delete that folder first"
+        )
+    return work
+
+
+@contextmanager
+def _work_list_lock(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another task lists the files; waiting for its list")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def load_finished(job: Job) -> shards.Manifest | None:
-    """The manifest of a corpus that is already made, or None. New mixture weights are written into it."""
+    """The manifest of a corpus that is already made, or None. New mixture weights are written into it.
+
+    Raises UserError for a corpus that was made from other settings or files, naming the first.
+    """
     if not (job.directory / "manifest.json").exists():
         return None
     manifest = shards.Manifest.load(job.directory)
-    if manifest.corpus_hash != job.corpus_hash:
+    difference = change(job) if manifest.parts else _difference_of_early(job, manifest)
+    if difference:
         raise UserError(
-            f"{job.directory} holds a corpus made from other settings or files; "
+            f"{job.directory} holds a corpus made from other settings or files ({difference}); "
             "choose another output_dir, or delete that folder first"
         )
-    weights = {source.name: source.weight for source in job.config.sources}
-    if weights != {source.name: source.weight for source in manifest.sources}:  # they do not change the shards
+    new = {source.name: (source.weight, source.max_epochs) for source in job.config.sources}
+    if new != {entry.name: (entry.weight, entry.max_epochs) for entry in manifest.sources}:  # shards stay as they are
         for entry in manifest.sources:
-            entry.weight = weights[entry.name]
+            entry.weight, entry.max_epochs = new[entry.name]
         manifest.save(job.directory)
     warn_without_validation(job.config, manifest)
     return manifest
 
 
-def check_unfinished(job: Job) -> None:
-    """An unfinished corpus is continued only with the settings and files that began it."""
-    path = job.directory / ".work" / "recipe"
-    if path.exists() and path.read_text() != job.corpus_hash:
-        raise UserError(
-            f"{job.directory} holds an unfinished corpus made from other settings or files; "
-            "choose another output_dir, or delete that folder first"
-        )
-    if not path.exists():
-        write_atomically(path, job.corpus_hash.encode())
+def change(job: Job, adding: bool = False) -> str | None:
+    """What differs from the settings and files that a finished corpus was made from; the files are listed again.
+
+    With `adding`, more sources and more files are no difference.
+    """
+    difference = _difference(job.config, job.tokenizer, job.work, adding)
+    if difference:
+        return difference + (APPEND if difference.endswith("is new") else "")
+    then = {source.name: source.files() for source in job.work.sources}
+    for source in job.config.sources:
+        if source.name not in then:
+            continue
+        found = work_list.first_change(then[source.name], list(chain(*list_files(source).groups)))
+        if found and not (adding and found[0] == "was added"):
+            what, file = found
+            return f"{file.path} {what}{APPEND if what == 'was added' else ''}"
+    return None
+
+
+def _difference_of_early(job: Job, manifest: shards.Manifest) -> str | None:
+    """The same of a corpus of an earlier version, as far as its manifest tells: it kept no list of its files."""
+    about = manifest.tokenizer
+    then = {
+        "tokenizer": about["fingerprint"],
+        "seq_len": manifest.seq_len,
+        "packing": manifest.packing,
+        "add_bos": about["add_bos"],
+        "add_eos": about["add_eos"],
+        "sources": [source.name for source in manifest.sources],
+    }
+    now = {
+        "tokenizer": job.tokenizer.fingerprint,
+        **{name: getattr(job.config, name) for name in ("seq_len", "packing", "add_bos", "add_eos")},
+        "sources": [source.name for source in job.config.sources],
+    }
+    for name, value in then.items():
+        if value != now[name]:
+            return f"{name} was {value!r} and is {now[name]!r}"
+    log.warning(
+        "%s was made by an earlier version; its manifest agrees with the configuration, but it does not tell "
+        "whether files were added or changed since", job.directory,
+    )  # fmt: skip
+    return None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from common.log import log
 
 from . import deduplication, shards, tokenizing, worker
 from .config import PrepareConfig
-from .job import Job, check_unfinished, load_finished, load_job, lock, select_engine, warn_without_validation
+from .job import Job, load_finished, load_job, lock, select_engine, warn_without_validation
 from .pool import run_units, worker_count
 from .work_list import Unit
 
@@ -35,7 +35,6 @@ def prepare(config: PrepareConfig, progress: bool = True, task: int = 0, num_tas
     if manifest is not None:
         return manifest
     with lock(job.directory, task, num_tasks):
-        check_unfinished(job)
         if config.deduplicate == "exact":
             _deduplicate(job, num_tasks, progress)
         engine, reason = select_engine(job)
@@ -51,7 +50,6 @@ def merge(config: PrepareConfig) -> shards.Manifest:
     if manifest is not None:
         return manifest
     with lock(job.directory, 0, 1):
-        check_unfinished(job)
         missing = [unit for unit in job.units if not worker.record_path(job.directory, unit).exists()]
         if missing:
             raise UserError(
@@ -68,7 +66,6 @@ def deduplicate(config: PrepareConfig, progress: bool = True) -> None:
     job = load_job(config)
     if load_finished(job) is None:
         with lock(job.directory, 0, 1):
-            check_unfinished(job)
             _deduplicate(job, 1, progress)
 
 
@@ -119,6 +116,9 @@ def _merge(job: Job) -> shards.Manifest:
     """
     config = job.config
     entries = {source.name: shards.SourceEntry(source.name, source.weight) for source in config.sources}
+    for source in job.work.sources:
+        entries[source.name].ignored = source.ignored
+        entries[source.name].max_epochs = next(s.max_epochs for s in config.sources if s.name == source.name)
     engines: Counter = Counter()
     for unit in job.units:
         record = json.loads(worker.record_path(job.directory, unit).read_text())
@@ -151,7 +151,9 @@ def _merge(job: Job) -> shards.Manifest:
         tokenizer=about,
         corpus_hash=job.corpus_hash,
         sources=list(entries.values()),
+        parts=[shards.Part(job.corpus_hash, "inputs/000.json", {s.name: len(s.units) for s in job.work.sources})],
     )
+    job.work.save(job.directory / "inputs" / "000.json")
     for unfinished in job.directory.glob("manifest.json.*.tmp"):  # of a process that was killed here
         unfinished.unlink()
     manifest.save(job.directory)

@@ -52,7 +52,7 @@ def command(folder: Path, *more: str) -> list[str]:
 def wait_for_records(process: subprocess.Popen, out: Path, count: int, seconds: float = 120) -> None:
     """Until `count` units are done, or the process has ended. Fails when neither happens in time."""
     deadline = time.monotonic() + seconds
-    while process.poll() is None and len(list(out.glob(".work/*.json"))) < count:
+    while process.poll() is None and len(list(out.glob(".work/s-*.json"))) < count:
         if time.monotonic() > deadline:
             os.killpg(process.pid, signal.SIGKILL)
             pytest.fail(f"{count} units were not done within {seconds} s")
@@ -68,7 +68,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(job, tmp_path, 
     rng = random.Random(workers)
     kills = 0
     for _ in range(5):
-        target = len(list(out.glob(".work/*.json"))) + rng.randint(1, 4)
+        target = len(list(out.glob(".work/s-*.json"))) + rng.randint(1, 4)
         with subprocess.Popen(
             command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         ) as process:
@@ -77,7 +77,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(job, tmp_path, 
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 kills += 1
-        kept = {path: path.stat().st_mtime_ns for path in out.glob(".work/*.json")}
+        kept = {path: path.stat().st_mtime_ns for path in out.glob(".work/s-*.json")}
     assert kills >= 3
     outcome = run(tmp_path)
     assert outcome.returncode == 0, outcome.stderr
