@@ -1,4 +1,4 @@
-"""The shard format: its only home. Writer, memory-mapped reader, manifest, verification.
+"""The shard format: its only home. Layout, memory-mapped reader, manifest; writing.py writes it.
 
 A corpus is a folder:
 
@@ -7,33 +7,46 @@ A corpus is a folder:
     DIR/<source>/validation-00000-000.arrow
 
 Columns: `input_ids` fixed_size_list<uint16 or uint32>[seq_len]; `document_lengths` list<uint32>, the
-lengths of the pieces of documents in the row; where they sum to less than seq_len, the rest is padding.
+lengths of the pieces of documents in the row; where they sum to less than seq_len, the rest is padding;
+`last_continues` bool, whether the row's last document goes on after the row: in the next one, or among the
+tokens dropped at the end of a unit. Only `concat` sets it: with `best_fit` no row continues the one before.
 Any Arrow tool reads them. They are streams, not Arrow files, because `datasets.Dataset.from_file`
 memory-maps streams.
+
+Behind the stream's end marker, where Arrow readers stop, lies the index: `INDEXED` for each record batch,
+then a `TRAILER`. With it a row is found without parsing the headers before it. All integers are
+little-endian. Version 1 has no index and no last_continues.
 """
 
 import hashlib
 import json
-import os
+from bisect import bisect_right
+from collections import deque
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import lru_cache
 from pathlib import Path
+from struct import Struct
+from struct import error as StructError
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pyarrow as pa
 
 from common.errors import UserError
-from common.files import force_to_disk, sha256_of, write_atomically
+from common.files import write_atomically
 
-from .packing import PackedRows
+from .reading import map_file, most_mappings
 
 FORMAT = "diffullama-shards"
 VERSION = 2
 READABLE = (1, 2)  # versions: the first has no last_continues, no index at a shard's end
 BATCH_ROWS = 1024  # rows per record batch, all but a shard's last: so a row's batch is a division
+BATCH_BYTES = 1 << 24  # of ids; long rows have fewer a batch, so that a writer holds no more
+INDEXED = Struct("<4q")  # file offsets of a batch's ids, offsets of its lengths, lengths, and bits of last_continues
+TRAILER = Struct("<5q8s")  # batches, rows, rows of a batch, seq_len, bytes of an id; then MAGIC
+MAGIC = b"dl-shard"
 SPLITS = ("train", "validation")
-MORE_VALIDATION = "a larger validation_fraction, a smaller seq_len or more documents"  # what gives validation rows
+MORE_VALIDATION = "a larger validation_fraction or more documents"  # what gives validation rows
 
 
 @dataclass
@@ -160,116 +173,140 @@ def dtype_for(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def schema(seq_len: int, dtype: str, tokenizer_fingerprint: str) -> pa.Schema:
-    about = {"format": FORMAT, "version": str(VERSION), "tokenizer": tokenizer_fingerprint}
+def batch_rows(seq_len: int, dtype: str) -> int:
+    """Rows of each record batch but the last."""
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // (seq_len * np.dtype(dtype).itemsize)))
+
+
+def schema(seq_len: int, dtype: str, tokenizer_fingerprint: str, version: int = VERSION) -> pa.Schema:
+    about = {"format": FORMAT, "version": str(version), "tokenizer": tokenizer_fingerprint}
     ids = pa.list_(getattr(pa, dtype)(), seq_len)
-    fields = [pa.field("input_ids", ids, nullable=False), pa.field("document_lengths", pa.list_(pa.uint32()))]
-    return pa.schema(fields, metadata=about)
+    columns = [pa.field("input_ids", ids, nullable=False), pa.field("document_lengths", pa.list_(pa.uint32()))]
+    if version > 1:
+        columns.append(pa.field("last_continues", pa.bool_(), nullable=False))
+    return pa.schema(columns, metadata=about)
 
 
-class ShardWriter:
-    """Writes one shard file under a temporary name; `close` renames it and returns its entry."""
+@dataclass
+class Index:
+    """Where the rows of a shard lie in its file."""
 
-    def __init__(self, directory: Path, file: str, shard_schema: pa.Schema):
-        self.file = file
-        self.schema = shard_schema
-        self.seq_len = shard_schema.field("input_ids").type.list_size
-        self.rows = 0
-        self.documents = 0  # pieces of documents in them
-        self._waiting: list[PackedRows] = []
-        self._waiting_rows = 0
-        self.path = directory / file
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self.path.with_name(self.path.name + ".tmp")
-        self._sink = pa.OSFile(str(self._temporary), "wb")
-        self._writer = pa.ipc.new_stream(self._sink, shard_schema)
+    batches: int
+    rows: int
+    batch_rows: int
+    seq_len: int
+    id_bytes: int
+    table: np.ndarray  # uint8, an INDEXED for each batch
 
-    def append(self, rows: PackedRows) -> None:
-        self._waiting.append(rows)
-        self._waiting_rows += len(rows)
-        self.rows += len(rows)
-        while self._waiting_rows >= BATCH_ROWS:
-            self._flush(BATCH_ROWS)
+    def to_bytes(self) -> bytes:
+        """What follows the stream."""
+        numbers = (self.batches, self.rows, self.batch_rows, self.seq_len, self.id_bytes)
+        return self.table.tobytes() + TRAILER.pack(*numbers, MAGIC)
 
-    def _flush(self, count: int) -> None:
-        """Write `count` of the waiting rows as one record batch."""
-        waiting = PackedRows(
-            np.concatenate([rows.ids for rows in self._waiting]),
-            np.concatenate([rows.lengths for rows in self._waiting]),
-            np.concatenate([rows.counts for rows in self._waiting]),
-        )
-        rows, later = waiting.split(count)
-        self._waiting = [later]
-        self._waiting_rows = len(later)
-        id_type, length_type = self.schema.types
-        flat = pa.array(rows.ids.ravel().astype(id_type.value_type.to_pandas_dtype()))
-        offsets = np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int32)
-        pieces = pa.array(rows.lengths.astype(length_type.value_type.to_pandas_dtype()))
-        columns = [
-            pa.FixedSizeListArray.from_arrays(flat, self.seq_len),
-            pa.ListArray.from_arrays(pa.array(offsets), pieces),
-        ]
-        self._writer.write_batch(pa.record_batch(columns, schema=self.schema))
-        self.documents += len(pieces)
 
-    def close(self) -> Shard:
-        """Finish the file; returns its entry for the manifest."""
-        if self._waiting_rows:
-            self._flush(self._waiting_rows)
-        self._writer.close()
-        self._sink.close()
-        force_to_disk(self._temporary)
-        digest = sha256_of(self._temporary)
-        size = self._temporary.stat().st_size
-        os.replace(self._temporary, self.path)
-        return Shard(self.file, self.rows, self.rows * self.seq_len, self.documents, size, digest)
+def stored_index(content: np.ndarray) -> Index | None:
+    """The index at the end of a shard's bytes; None where there is none, as in version 1, or it cannot be."""
+    if len(content) < TRAILER.size:
+        return None
+    *numbers, magic = TRAILER.unpack_from(content, len(content) - TRAILER.size)
+    begin = len(content) - TRAILER.size - numbers[0] * INDEXED.size
+    index = Index(*numbers, content[max(0, begin) : len(content) - TRAILER.size])
+    possible = min(numbers) > 0 and begin >= 0 and index.batches == -(-index.rows // index.batch_rows)
+    return index if magic == MAGIC and possible and index.id_bytes in (2, 4) else None
 
-    def abandon(self) -> None:
-        """Remove what was written."""
-        self._sink.close()
-        self._temporary.unlink(missing_ok=True)
+
+def index_of(content: np.ndarray) -> tuple[Index, list[pa.RecordBatch]]:
+    """The index of the stream that a shard's bytes begin with, and the stream's batches.
+
+    Raises pa.ArrowInvalid for what is no whole stream of rows.
+    """
+    buffer = pa.py_buffer(content)
+    reader = pa.ipc.open_stream(buffer)
+    batches = list(reader)
+    if reader.schema.names[:2] != ["input_ids", "document_lengths"]:
+        raise pa.ArrowInvalid(f"columns {reader.schema.names}")
+    table = []
+    for batch in batches:
+        ids, pieces, *others = (column.buffers() for column in batch.columns)
+        wanted = [ids[-1], pieces[1], pieces[-1], others[0][-1] if others else None]
+        table.append([part.address - buffer.address if part is not None else -1 for part in wanted])
+    ids_type = reader.schema.field("input_ids").type
+    about = [len(batches), sum(map(len, batches)), max(map(len, batches), default=0)]
+    places = np.array(table, dtype="<i8").reshape(-1, 4).view(np.uint8).ravel()
+    return Index(*about, ids_type.list_size, ids_type.value_type.bit_width // 8, places), batches
 
 
 class ShardReader:
-    """One memory-mapped shard: the arrays of its record batches are views of the file.
+    """One mapped shard. Raises UserError where the file is not what the manifest says."""
 
-    Raises UserError when the file is not a readable Arrow file.
-    """
-
-    def __init__(self, path: str | Path):
+    def __init__(self, directory: Path, shard: Shard):
+        self._path = directory / shard.file
         try:
-            reader = pa.ipc.open_stream(pa.memory_map(str(path)))
-            batches = list(reader)  # the batches' headers; their rows stay on disk until read
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(
-                f"{path} is not a complete Arrow stream ({str(error).splitlines()[0]}); "
-                "run `python -m data_prep verify` on its corpus, then prepare it again"
-            ) from None
-        self.schema = reader.schema
-        self.seq_len = self.schema.field("input_ids").type.list_size
-        self.rows = sum(batch.num_rows for batch in batches)
-        # one array per record batch
-        self.ids = [batch.column(0).flatten().to_numpy() for batch in batches]  # (rows * seq_len,)
-        self.lengths = [batch.column(1).values.to_numpy() for batch in batches]  # (pieces,) of all rows
-        self.offsets = [batch.column(1).offsets.to_numpy() for batch in batches]  # (rows + 1,) into lengths
-
-
-class ShardedRows:
-    """The rows of one split of one source, over all its shards, which are opened when first read."""
-
-    def __init__(self, directory: Path, shards: list[Shard]):
-        self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
-        self._paths = [directory / shard.file for shard in shards]
-        self._open = lru_cache(maxsize=512)(lambda i: ShardReader(self._paths[i]))
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
+            content = map_file(self._path)
+            if len(content) != shard.bytes or len(content) % 8:
+                raise pa.ArrowInvalid(f"{len(content)} bytes, the manifest says {shard.bytes}")
+            index = stored_index(content) or index_of(content)[0]
+        except (pa.ArrowException, OSError) as error:
+            raise self._bad(str(error).splitlines()[0]) from None
+        if (index.rows, index.rows * index.seq_len) != (shard.rows, shard.tokens):
+            raise self._bad(f"{index.rows} rows of {index.seq_len} tokens, the manifest says {shard.rows} rows")
+        self._content = content
+        self._table = index.table
+        self._batch_rows = index.batch_rows
+        self._seq_len = index.seq_len
+        self._id_bytes = index.id_bytes
+        self._ids = content.view(f"<u{index.id_bytes}")
+        self._lengths = content.view("<u4")
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids (seq_len,), document_lengths (documents,)) as views of the file."""
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard = self._open(number)
-        batch, i = divmod(index - int(self._starts[number]), BATCH_ROWS)
-        offsets = shard.offsets[batch]
-        ids = shard.ids[batch][i * shard.seq_len : (i + 1) * shard.seq_len]
-        return ids, shard.lengths[batch][offsets[i] : offsets[i + 1]]
+        batch, i = divmod(index, self._batch_rows)
+        try:
+            ids, offsets, lengths, _ = INDEXED.unpack_from(self._table, batch * INDEXED.size)
+            begin, end = _TWO.unpack_from(self._content, offsets + 4 * i)
+        except StructError:
+            raise self._bad("its index points beyond its end") from None
+        first = ids // self._id_bytes + i * self._seq_len
+        return self._ids[first : first + self._seq_len], self._lengths[lengths // 4 + begin : lengths // 4 + end]
+
+    def _bad(self, what: str) -> UserError:
+        advice = "run `python -m data_prep verify` on its corpus, then prepare it again"
+        return UserError(f"{self._path} is not a complete shard ({what}); {advice}")
+
+
+_TWO = Struct("<2i")  # where the lengths of a row begin and end
+_MOST_OPEN = most_mappings()
+_OPEN: deque = deque()  # (who holds it, its number there) of every shard that this process has open, the oldest first
+
+
+class ShardedRows:
+    """The rows of one split of one source, over all its shards.
+
+    A shard is mapped when it is first read, and stays so without a file descriptor. Beyond as many as the kernel maps
+    comfortably, the ones opened first are let go; arrays that were read from them stay valid.
+    """
+
+    def __init__(self, directory: Path, shards: list[Shard]):
+        self._starts = np.cumsum([0, *(shard.rows for shard in shards)]).tolist()
+        self._directory = directory
+        self._shards = shards
+        self._readers: list[ShardReader | None] = [None] * len(shards)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids (seq_len,), document_lengths (documents,)) as views of the file. Raises UserError for a bad shard."""
+        number = bisect_right(self._starts, index) - 1
+        reader = self._readers[number] or self._open(number)
+        return reader.row(index - self._starts[number])
+
+    def _open(self, number: int) -> ShardReader:
+        reader = self._readers[number] = ShardReader(self._directory, self._shards[number])
+        _OPEN.append((ref(self), number))
+        if len(_OPEN) > _MOST_OPEN:
+            owner, oldest = _OPEN.popleft()
+            rows = owner()
+            if rows is not None:
+                rows._readers[oldest] = None
+        return reader
