@@ -1,11 +1,12 @@
-"""A file's bytes as an array, without a descriptor that stays open: a corpus may have more shards than a process files.
+"""Files' bytes as arrays, without descriptors that stay open: a corpus has more shards than a process may open files.
 
-Python's mmap and pyarrow keep a descriptor for every mapping; the system call does not need it once the mapping is made.
+Python's mmap and pyarrow keep a descriptor for every mapping; the system call needs none once the mapping is made.
 """
 
 import ctypes
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,35 +16,62 @@ _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _FAILED = ctypes.c_void_p(-1).value
+_PROT_NONE = 0
+_MAP_FIXED = 0x10  # Python's mmap does not name it
 
 
-class _Mapping:
-    """Pages of a file. Every array of them refers to this object, so they are unmapped after the last of them is gone."""
+class FileRegion:
+    """Address space for files of known sizes, one after the other, each on pages of its own.
 
-    def __init__(self, descriptor: int, size: int):
+    A file's part can be read after `add`. All of it is given back after the last array of it is gone.
+    """
+
+    def __init__(self, sizes: Sequence[int]):
+        """Raises OSError where the process may not have so many addresses."""
+        page = mmap.PAGESIZE
         self._unmap = _LIBC.munmap  # at the interpreter's end the module's names may be gone before the last array
-        self._address = None
-        self._size = size
-        address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-        if address == _FAILED:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        self._address = address
-        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (address, True)}
+        self._address = 0
+        self.sizes = sizes
+        ends = np.cumsum([-(-size // page) * page for size in sizes])
+        self.places = [0, *ends.tolist()]  # where each file begins, and the end
+        self._total = max(page, self.places[-1])
+        self._address = _map(None, self._total, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+        self.__array_interface__ = {
+            "version": 3, "typestr": "|u1", "shape": (self.places[-1],), "data": (self._address, True),
+        }  # fmt: skip
+
+    def add(self, number: int, path: str | Path) -> None:
+        """Map a file at its place. Raises OSError, and ValueError where its size is another; nothing changes then."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != self.sizes[number]:
+                raise ValueError(f"{size} bytes, the manifest says {self.sizes[number]}")
+            if size:
+                place = self._address + self.places[number]
+                _map(place, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
+        finally:
+            os.close(descriptor)
 
     def __del__(self) -> None:
-        if self._address is not None:
-            self._unmap(self._address, self._size)
+        if self._address:
+            self._unmap(self._address, self._total)
+
+
+def _map(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
+    found = _LIBC.mmap(address, size, protection, flags, descriptor, 0)
+    if found == _FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return found
 
 
 def map_file(path: str | Path) -> np.ndarray:
     """(bytes,) uint8, read-only: the file's content, read when it is looked at. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(descriptor).st_size
-        return np.asarray(_Mapping(descriptor, size)) if size else np.zeros(0, dtype=np.uint8)
-    finally:
-        os.close(descriptor)
+    size = os.stat(path).st_size
+    region = FileRegion([size])
+    region.add(0, path)
+    return np.asarray(region)[:size]
 
 
 def most_mappings() -> int:

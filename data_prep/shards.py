@@ -20,14 +20,13 @@ little-endian. Version 1 has no index and no last_continues.
 
 import hashlib
 import json
+from array import array
 from bisect import bisect_right
-from collections import deque
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import accumulate
 from pathlib import Path
 from struct import Struct
-from struct import error as StructError
 from typing import Any
-from weakref import ref
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +34,7 @@ import pyarrow as pa
 from common.errors import UserError
 from common.files import write_atomically
 
-from .reading import map_file, most_mappings
+from .reading import FileRegion, most_mappings
 
 FORMAT = "diffullama-shards"
 VERSION = 2
@@ -196,12 +195,22 @@ class Index:
     batch_rows: int
     seq_len: int
     id_bytes: int
-    table: np.ndarray  # uint8, an INDEXED for each batch
+    table: np.ndarray  # (bytes,) uint8, an INDEXED for each batch
 
     def to_bytes(self) -> bytes:
         """What follows the stream."""
         numbers = (self.batches, self.rows, self.batch_rows, self.seq_len, self.id_bytes)
         return self.table.tobytes() + TRAILER.pack(*numbers, MAGIC)
+
+    def check(self, end: int) -> None:
+        """Raise ValueError unless all that a row is read from lies before `end`, the stream's."""
+        rows = self.batch_rows
+        for number, (ids, offsets, lengths, _) in enumerate(INDEXED.iter_unpack(self.table), 1):
+            if number == self.batches:
+                rows = self.rows - (self.batches - 1) * self.batch_rows
+            furthest = max(ids + rows * self.seq_len * self.id_bytes, offsets + 4 * (rows + 1), lengths + 4 * rows)
+            if min(ids, offsets, lengths) < 0 or furthest > end or (ids | offsets | lengths) % 4:
+                raise ValueError("its index points outside of it")
 
 
 def stored_index(content: np.ndarray) -> Index | None:
@@ -215,10 +224,10 @@ def stored_index(content: np.ndarray) -> Index | None:
     return index if magic == MAGIC and possible and index.id_bytes in (2, 4) else None
 
 
-def index_of(content: np.ndarray) -> tuple[Index, list[pa.RecordBatch]]:
-    """The index of the stream that a shard's bytes begin with, and the stream's batches.
+def index_of(content: np.ndarray, batch_rows: int = BATCH_ROWS) -> tuple[Index, list[pa.RecordBatch]]:
+    """The index of the stream that a shard's bytes begin with, and the stream's batches of `batch_rows` rows.
 
-    Raises pa.ArrowInvalid for what is no whole stream of rows.
+    Raises pa.ArrowInvalid for what is no whole stream of such rows.
     """
     buffer = pa.py_buffer(content)
     reader = pa.ipc.open_stream(buffer)
@@ -231,66 +240,46 @@ def index_of(content: np.ndarray) -> tuple[Index, list[pa.RecordBatch]]:
         wanted = [ids[-1], pieces[1], pieces[-1], others[0][-1] if others else None]
         table.append([part.address - buffer.address if part is not None else -1 for part in wanted])
     ids_type = reader.schema.field("input_ids").type
-    about = [len(batches), sum(map(len, batches)), max(map(len, batches), default=0)]
+    if any(len(batch) != batch_rows for batch in batches[:-1]) or not batches or len(batches[-1]) > batch_rows:
+        raise pa.ArrowInvalid(f"batches of other than {batch_rows} rows")
+    about = [len(batches), sum(map(len, batches)), batch_rows]
     places = np.array(table, dtype="<i8").reshape(-1, 4).view(np.uint8).ravel()
     return Index(*about, ids_type.list_size, ids_type.value_type.bit_width // 8, places), batches
-
-
-class ShardReader:
-    """One mapped shard. Raises UserError where the file is not what the manifest says."""
-
-    def __init__(self, directory: Path, shard: Shard):
-        self._path = directory / shard.file
-        try:
-            content = map_file(self._path)
-            if len(content) != shard.bytes or len(content) % 8:
-                raise pa.ArrowInvalid(f"{len(content)} bytes, the manifest says {shard.bytes}")
-            index = stored_index(content) or index_of(content)[0]
-        except (pa.ArrowException, OSError) as error:
-            raise self._bad(str(error).splitlines()[0]) from None
-        if (index.rows, index.rows * index.seq_len) != (shard.rows, shard.tokens):
-            raise self._bad(f"{index.rows} rows of {index.seq_len} tokens, the manifest says {shard.rows} rows")
-        self._content = content
-        self._table = index.table
-        self._batch_rows = index.batch_rows
-        self._seq_len = index.seq_len
-        self._id_bytes = index.id_bytes
-        self._ids = content.view(f"<u{index.id_bytes}")
-        self._lengths = content.view("<u4")
-
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (seq_len,), document_lengths (documents,)) as views of the file."""
-        batch, i = divmod(index, self._batch_rows)
-        try:
-            ids, offsets, lengths, _ = INDEXED.unpack_from(self._table, batch * INDEXED.size)
-            begin, end = _TWO.unpack_from(self._content, offsets + 4 * i)
-        except StructError:
-            raise self._bad("its index points beyond its end") from None
-        first = ids // self._id_bytes + i * self._seq_len
-        return self._ids[first : first + self._seq_len], self._lengths[lengths // 4 + begin : lengths // 4 + end]
-
-    def _bad(self, what: str) -> UserError:
-        advice = "run `python -m data_prep verify` on its corpus, then prepare it again"
-        return UserError(f"{self._path} is not a complete shard ({what}); {advice}")
-
-
-_TWO = Struct("<2i")  # where the lengths of a row begin and end
-_MOST_OPEN = most_mappings()
-_OPEN: deque = deque()  # (who holds it, its number there) of every shard that this process has open, the oldest first
 
 
 class ShardedRows:
     """The rows of one split of one source, over all its shards.
 
-    A shard is mapped when it is first read, and stays so without a file descriptor. Beyond as many as the kernel maps
-    comfortably, the ones opened first are let go; arrays that were read from them stay valid.
+    A shard is mapped when it is first read, and stays so without a file descriptor. All shards lie in one region of
+    addresses, so that a row is found by numbers alone: objects of 20,000 shards would not stay in the CPU's caches.
+    Beyond as many shards as the kernel lets a process map, a shard is mapped anew for each row.
     """
 
+    _mapped = 0  # mappings of all instances
+    _most_mapped = most_mappings()
+    _own = 0  # mappings of this one
+
     def __init__(self, directory: Path, shards: list[Shard]):
-        self._starts = np.cumsum([0, *(shard.rows for shard in shards)]).tolist()
         self._directory = directory
         self._shards = shards
-        self._readers: list[ShardReader | None] = [None] * len(shards)
+        self._starts = array("q", [0, *accumulate(shard.rows for shard in shards)])
+        try:
+            self._region = FileRegion([shard.bytes for shard in shards])
+        except OSError:  # the process may not have so many addresses
+            if len(shards) == 1:
+                raise
+            self._region = FileRegion([])
+            self._most_mapped = 0
+        self._places = array("q", self._region.places)
+        self._indices = array("q", bytes(8 * len(shards)))  # where each shard's index lies in the region; 0: not mapped
+        self._computed: dict[int, bytes] = {}  # the index of each shard that has none itself, those of version 1
+        self._bytes = np.asarray(self._region)
+        self._memory = memoryview(self._bytes)
+        self._lengths = self._bytes.view("<u4")
+        self._layout: tuple[int, int, int] | None = None  # rows of a batch, seq_len, bytes of an id
+
+    def __del__(self) -> None:
+        ShardedRows._mapped -= self._own
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -298,15 +287,65 @@ class ShardedRows:
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids (seq_len,), document_lengths (documents,)) as views of the file. Raises UserError for a bad shard."""
         number = bisect_right(self._starts, index) - 1
-        reader = self._readers[number] or self._open(number)
-        return reader.row(index - self._starts[number])
+        index -= self._starts[number]
+        table = self._indices[number]
+        if not table:
+            if ShardedRows._mapped >= self._most_mapped and len(self._shards) > 1:
+                return ShardedRows(self._directory, self._shards[number : number + 1]).row(index)
+            table = self._map(number)
+        batch, i = divmod(index, self._batch_rows)
+        if self._computed and number in self._computed:
+            ids, offsets, lengths, _ = INDEXED.unpack_from(self._computed[number], batch * INDEXED.size)
+        else:
+            ids, offsets, lengths, _ = INDEXED.unpack_from(self._memory, table + batch * INDEXED.size)
+        place = self._places[number]
+        begin, end = _TWO.unpack_from(self._memory, place + offsets + 4 * i)
+        lengths = (place + lengths) // 4
+        if not 0 <= begin < end <= table // 4 - lengths:  # beyond it, there may be no memory
+            raise self._bad(number, f"the lengths of row {index} lie outside of it")
+        first = (place + ids) // self._id_bytes + i * self._seq_len
+        return self._ids[first : first + self._seq_len], self._lengths[lengths + begin : lengths + end]
 
-    def _open(self, number: int) -> ShardReader:
-        reader = self._readers[number] = ShardReader(self._directory, self._shards[number])
-        _OPEN.append((ref(self), number))
-        if len(_OPEN) > _MOST_OPEN:
-            owner, oldest = _OPEN.popleft()
-            rows = owner()
-            if rows is not None:
-                rows._readers[oldest] = None
-        return reader
+    def _map(self, number: int) -> int:
+        """Map a shard; returns where its index lies in the region, or its end where it has none."""
+        shard = self._shards[number]
+        place = self._places[number]
+        try:
+            self._region.add(number, self._path(number))
+            content = self._bytes[place : place + shard.bytes]
+            index = stored_index(content)
+            if index is None:
+                index = index_of(content)[0]
+                self._computed[number] = index.table.tobytes()
+                end = place + shard.bytes
+            else:
+                end = place + shard.bytes - len(index.to_bytes())
+            index.check(end - place)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self._bad(number, str(error).splitlines()[0]) from None
+        if (index.rows, index.rows * index.seq_len) != (shard.rows, shard.tokens):
+            raise self._bad(number, f"{index.rows} rows of {index.seq_len} tokens, the manifest says {shard.rows} rows")
+        layout = (index.batch_rows, index.seq_len, index.id_bytes)
+        if self._layout is None:
+            self._batch_rows, self._seq_len, self._id_bytes = self._layout = layout
+            self._ids = self._bytes.view(f"<u{index.id_bytes}")
+        if layout != self._layout:
+            raise self._bad(number, "its rows are laid out otherwise than those of the shards before")
+        # two more parts of the region, unless a neighbour is mapped already
+        new = 2 - sum(
+            bool(self._indices[other]) for other in (number - 1, number + 1) if 0 <= other < len(self._shards)
+        )
+        ShardedRows._mapped += new
+        self._own += new
+        self._indices[number] = end
+        return end
+
+    def _bad(self, number: int, what: str) -> UserError:
+        advice = "run `python -m data_prep verify` on its corpus, then prepare it again"
+        return UserError(f"{self._path(number)} is not a complete shard ({what}); {advice}")
+
+    def _path(self, number: int) -> str:
+        return f"{self._directory}/{self._shards[number].file}"  # joining paths takes longer than opening a file
+
+
+_TWO = Struct("<2i")  # where the lengths of a row begin and end

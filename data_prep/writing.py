@@ -84,8 +84,7 @@ class ShardWriter:
             self._write(join(self._waiting))
         self._writer.close()
         self._sink.close()
-        index, _ = shards.index_of(map_file(self._temporary))
-        index.batch_rows = self._batch_rows
+        index, _ = shards.index_of(map_file(self._temporary), self._batch_rows)
         with open(self._temporary, "ab") as file:
             file.write(index.to_bytes())
         force_to_disk(self._temporary)
