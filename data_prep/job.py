@@ -125,7 +125,7 @@ def warn_without_validation(config: PrepareConfig, manifest: shards.Manifest) ->
     for source in manifest.without_validation() if config.validation_fraction else []:
         log.warning(
             "source %s has %s documents (%s tokens) but gets no validation row: with validation_fraction=%g "
-            "too little is held out to fill a row of %d tokens; use %s",
-            source.name, f"{source.documents:,}", f"{source.tokens:,}",
-            config.validation_fraction, config.seq_len, shards.MORE_VALIDATION,
+            "none of them is held out; use %s",
+            source.name, f"{source.documents:,}", f"{source.tokens:,}", config.validation_fraction,
+            shards.MORE_VALIDATION,
         )  # fmt: skip

@@ -167,6 +167,11 @@ def _from_json(cls: type, content: dict) -> Any:
     return cls(**values)
 
 
+def unit_of(file: str) -> int:
+    """The number of the unit that a shard file was made of: 12 of source/train-00012-003.arrow."""
+    return int(file.rsplit("-", 2)[1])
+
+
 def dtype_for(vocab_size: int) -> str:
     """The smallest type that holds every token id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
@@ -196,6 +201,11 @@ class Index:
     seq_len: int
     id_bytes: int
     table: np.ndarray  # (bytes,) uint8, an INDEXED for each batch
+
+    @property
+    def size(self) -> int:
+        """Bytes behind the stream."""
+        return self.batches * INDEXED.size + TRAILER.size
 
     def to_bytes(self) -> bytes:
         """What follows the stream."""
@@ -245,6 +255,18 @@ def index_of(content: np.ndarray, batch_rows: int = BATCH_ROWS) -> tuple[Index, 
     about = [len(batches), sum(map(len, batches)), batch_rows]
     places = np.array(table, dtype="<i8").reshape(-1, 4).view(np.uint8).ravel()
     return Index(*about, ids_type.list_size, ids_type.value_type.bit_width // 8, places), batches
+
+
+def columns(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A record batch as arrays: (ids (rows * seq_len,), document_lengths of all rows, their offsets (rows + 1,),
+    last_continues (rows,)).
+    """
+    ids, lengths = batch.column(0), batch.column(1)
+    if batch.num_columns > 2:
+        continues = batch.column(2).to_numpy(zero_copy_only=False)
+    else:
+        continues = np.zeros(len(batch), dtype=bool)
+    return ids.values.to_numpy(), lengths.values.to_numpy(), lengths.offsets.to_numpy(), continues
 
 
 class ShardedRows:
@@ -319,7 +341,7 @@ class ShardedRows:
                 self._computed[number] = index.table.tobytes()
                 end = place + shard.bytes
             else:
-                end = place + shard.bytes - len(index.to_bytes())
+                end = place + shard.bytes - index.size
             index.check(end - place)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._bad(number, str(error).splitlines()[0]) from None
