@@ -160,9 +160,7 @@ def _finish(old: shards.Manifest, corpus_hash: str, folder: Path, units: list[Un
             getattr(entry, split).extend(shards.Shard(**shard) for shard in record[split])
     for entry in entries.values():
         if not entry.train:
-            raise UserError(
-                f"source {entry.name} fills no row of {seq_len} tokens for training; use a smaller --seq_len"
-            )
+            raise UserError(f"source {entry.name} fills no training row of {seq_len} tokens; use a smaller --seq_len")
         problem = entry.token_mismatch()
         if problem:
             raise RuntimeError(problem)

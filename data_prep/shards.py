@@ -215,7 +215,7 @@ class Index:
     def check(self, end: int) -> None:
         """Raise ValueError unless all that a row is read from lies before `end`, the stream's."""
         rows = self.batch_rows
-        for number, (ids, offsets, lengths, _) in enumerate(INDEXED.iter_unpack(self.table), 1):
+        for number, (ids, offsets, lengths, _) in enumerate(INDEXED.iter_unpack(self.table.data), 1):
             if number == self.batches:
                 rows = self.rows - (self.batches - 1) * self.batch_rows
             furthest = max(ids + rows * self.seq_len * self.id_bytes, offsets + 4 * (rows + 1), lengths + 4 * rows)
@@ -227,11 +227,12 @@ def stored_index(content: np.ndarray) -> Index | None:
     """The index at the end of a shard's bytes; None where there is none, as in version 1, or it cannot be."""
     if len(content) < TRAILER.size:
         return None
-    *numbers, magic = TRAILER.unpack_from(content, len(content) - TRAILER.size)
-    begin = len(content) - TRAILER.size - numbers[0] * INDEXED.size
-    index = Index(*numbers, content[max(0, begin) : len(content) - TRAILER.size])
-    possible = min(numbers) > 0 and begin >= 0 and index.batches == -(-index.rows // index.batch_rows)
-    return index if magic == MAGIC and possible and index.id_bytes in (2, 4) else None
+    *numbers, magic = TRAILER.unpack_from(content.data, len(content) - TRAILER.size)
+    batches, rows, batch_rows, seq_len, id_bytes = numbers
+    begin = len(content) - TRAILER.size - batches * INDEXED.size
+    if magic != MAGIC or min(numbers) <= 0 or begin < 0 or batches != -(-rows // batch_rows) or id_bytes not in (2, 4):
+        return None
+    return Index(batches, rows, batch_rows, seq_len, id_bytes, content[begin : len(content) - TRAILER.size])
 
 
 def index_of(content: np.ndarray, batch_rows: int = BATCH_ROWS) -> tuple[Index, list[pa.RecordBatch]]:
@@ -252,9 +253,10 @@ def index_of(content: np.ndarray, batch_rows: int = BATCH_ROWS) -> tuple[Index, 
     ids_type = reader.schema.field("input_ids").type
     if any(len(batch) != batch_rows for batch in batches[:-1]) or not batches or len(batches[-1]) > batch_rows:
         raise pa.ArrowInvalid(f"batches of other than {batch_rows} rows")
-    about = [len(batches), sum(map(len, batches)), batch_rows]
+    rows = sum(map(len, batches))
     places = np.array(table, dtype="<i8").reshape(-1, 4).view(np.uint8).ravel()
-    return Index(*about, ids_type.list_size, ids_type.value_type.bit_width // 8, places), batches
+    id_bytes = ids_type.value_type.bit_width // 8
+    return Index(len(batches), rows, batch_rows, ids_type.list_size, id_bytes, places), batches
 
 
 def columns(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -296,7 +298,7 @@ class ShardedRows:
         self._indices = array("q", bytes(8 * len(shards)))  # where each shard's index lies in the region; 0: not mapped
         self._computed: dict[int, bytes] = {}  # the index of each shard that has none itself, those of version 1
         self._bytes = np.asarray(self._region)
-        self._memory = memoryview(self._bytes)
+        self._memory = self._bytes.data
         self._lengths = self._bytes.view("<u4")
         self._layout: tuple[int, int, int] | None = None  # rows of a batch, seq_len, bytes of an id
 

@@ -176,7 +176,7 @@ def _check_contents(path: Path, manifest: Manifest, task: Task, hashes: bool) ->
             if hashes:
                 upto = batch.column(0).values.buffers()[1]
                 stop = upto.address + upto.size - content.ctypes.data
-                digest.update(content[hashed:stop])
+                digest.update(content[hashed:stop].data)
                 hashed = stop
             is_last = number == len(batches) - 1
             outcome.padding += _check_batch(batch, number * index.batch_rows, manifest, task, is_last, found)
@@ -187,7 +187,7 @@ def _check_contents(path: Path, manifest: Manifest, task: Task, hashes: bool) ->
         outcome.problems.append(f"{path}: {str(error).splitlines()[0]}")
     if not hashes:
         return outcome, ""
-    digest.update(content[hashed:])
+    digest.update(content[hashed:].data)
     return outcome, digest.hexdigest()
 
 

@@ -27,9 +27,7 @@ def pack(packer, texts: list[np.ndarray], take_after: list[bool], part: int = 10
                 taken.append(packer.take())
     taken.append(packer.take(last=True))
     return [
-        row
-        for rows in taken
-        for row in zip(rows.ids, np.split(rows.lengths, np.cumsum(rows.counts)[:-1]), rows.continues, strict=True)
+        row for rows in taken for row in zip(rows.ids, np.split(rows.lengths, np.cumsum(rows.counts)), rows.continues)
     ]
 
 

@@ -1,5 +1,6 @@
 """Rows of another length from shards are the rows that the texts give."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from helpers import config, digest, write_jsonl
 
 from common.errors import UserError
-from data_prep import pool, rechunk, shards, verify
+from data_prep import rechunk, shards, verify
 from data_prep.__main__ import main
 from data_prep.config import SourceConfig
 from data_prep.prepare import prepare
@@ -114,8 +115,6 @@ def test_what_cannot_be_rechunked_is_refused_and_nothing_is_written(made, tmp_pa
 
 
 def test_a_damaged_shard_is_named_and_not_hashed_anew(made, tmp_path):
-    import shutil
-
     shutil.copytree(made(64), tmp_path / "old")
     path = tmp_path / "old" / shards.Manifest.load(tmp_path / "old").sources[1].train[0].file
     content = bytearray(path.read_bytes())
@@ -134,4 +133,3 @@ def test_the_command_says_what_was_dropped(made, tmp_path, caplog, capsys):
     before = sum(source.dropped_tokens for source in shards.Manifest.load(old).sources)
     assert any(f"{before:,} were in none of the old ones" in message for message in caplog.messages)
     assert "rows of 48 tokens" in capsys.readouterr().out
-    assert pool.worker_count(1, 5) == 1

@@ -20,6 +20,7 @@ from data_prep import reading, shards, verify
 from data_prep.__main__ import main
 from data_prep.packing import PackedRows
 from data_prep.prepare import prepare
+from data_prep.unit_builder import is_validation
 from data_prep.writing import ShardWriter
 
 FINGERPRINT = "f" * 64
@@ -31,7 +32,7 @@ def made_rows(count: int, seq_len: int, seed: int) -> list[tuple[list[int], list
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
-        cuts = np.unique(rng.integers(1, seq_len + 1, rng.integers(1, 6)).tolist() + [seq_len])
+        cuts = np.unique([*rng.integers(1, seq_len + 1, rng.integers(1, 6)), seq_len])
         rows.append((rng.integers(0, VOCABULARY, seq_len).tolist(), np.diff(cuts, prepend=0).tolist(), False))
     return [(ids, lengths, bool(rng.integers(2))) for ids, lengths, _ in rows]
 
@@ -120,7 +121,8 @@ def test_long_rows_have_small_batches(tmp_path):
     rows = made_rows(300, 1 << 16, 0)
     manifest = write_corpus(tmp_path, [rows])
     content = reading.map_file(tmp_path / manifest.sources[0].train[0].file)
-    assert shards.stored_index(content).batch_rows == 128
+    index = shards.stored_index(content)
+    assert index is not None and index.batch_rows == 128
     assert [len(batch) for batch in shards.index_of(content, 128)[1]] == [128, 128, 44]
     assert_rows(shards.ShardedRows(tmp_path, manifest.sources[0].train), rows, [299, 0, 127, 128])
 
@@ -186,6 +188,7 @@ def test_beyond_the_most_mappings_rows_are_still_read(tmp_path, monkeypatch):
 def damage(path: Path, how: str) -> None:
     content = bytearray(path.read_bytes())
     index = shards.stored_index(np.frombuffer(bytes(content), dtype=np.uint8))
+    assert index is not None
     table = len(content) - index.size
     if how == "shorter":
         content = content[:-8]
@@ -218,8 +221,9 @@ def test_a_damaged_shard_is_a_sentence_for_the_reader_and_for_verify(tmp_path, h
     shard = manifest.sources[0].train[1]
     damage(tmp_path / shard.file, how)
     read = shards.ShardedRows(tmp_path, manifest.sources[0].train)
-    read.row(0), read.row(149)
-    with pytest.raises(UserError, match="train-00001-000.arrow is not a complete shard") as error:
+    read.row(0)
+    read.row(149)
+    with pytest.raises(UserError, match=r"train-00001-000\.arrow is not a complete shard") as error:
         read.row(50)
     assert "\n" not in str(error.value)
     problems = verify.check(tmp_path, contents=True)
@@ -281,11 +285,12 @@ def test_verify_compares_what_the_manifest_counts(tmp_path):
     assert "uint8 cannot hold the ids of a vocabulary of 300" in rewrite(tmp_path, manifest, rows, dtype="uint8")[0]
     content = json.loads((tmp_path / "manifest.json").read_text())
     content["dtype"] = "uint16"
-    for change, expected in (({"padding": 3, "tokens": 157}, "0 padding in rows, the manifest says 3"),
+    for change, expected in (({"padding": 3, "tokens": 157}, "0 padding in its rows, the manifest says 3"),
                              ({"tokens": 3}, "3 tokens + 0 padding, but 160 in rows")):  # fmt: skip
         changed = {**content, "sources": [{**content["sources"][0], **change}]}
         (tmp_path / "manifest.json").write_text(json.dumps(changed))
-        assert any(expected in problem for problem in verify.check(tmp_path, contents=True))
+        problems = verify.check(tmp_path, contents=True)
+        assert any(expected in problem for problem in problems), problems
 
 
 def test_verify_in_tasks_and_processes_finds_what_one_process_finds(tmp_path, capsys):
@@ -314,8 +319,7 @@ def test_no_held_out_document_is_lost(tmp_path, tokenizer_dir, tokenizer, tales)
     path = write_jsonl(tmp_path / "a.jsonl", tales)
     settings = config(tmp_path, tokenizer_dir, [path], seq_len=512, validation_fraction=0.02, unit_mb=0.02)
     manifest = prepare(settings, progress=False)
-    from data_prep.unit_builder import is_validation
-
+    assert manifest is not None
     held_out = [text for text in tales if is_validation(text, 0.02)]
     read = shards.ShardedRows(tmp_path / "out", manifest.sources[0].validation)
     rows = [read.row(i) for i in range(len(read))]
