@@ -26,7 +26,7 @@ from .pool import run_units, worker_count
 from .reading import map_file
 from .work_list import Unit
 from .worker import record_path
-from .writing import RowSettings, SplitWriter
+from .writing import RowSettings, SplitWriter, remove_unfinished
 
 
 def rechunk(
@@ -167,6 +167,7 @@ def _finish(old: shards.Manifest, corpus_hash: str, folder: Path, units: list[Un
     manifest = replace(
         old, seq_len=seq_len, corpus_hash=corpus_hash, sources=list(entries.values()), parts=[], version=shards.VERSION
     )
+    remove_unfinished(folder)
     manifest.save(folder)
     shutil.rmtree(folder / ".work")
     already = sum(entry.dropped_tokens for entry in old.sources)

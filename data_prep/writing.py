@@ -99,6 +99,13 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(directory: Path) -> None:
+    """Remove the temporary files of processes that were killed, once nothing is written into the corpus any more."""
+    for pattern in ("*/*.arrow.*.tmp", "manifest.json.*.tmp"):
+        for unfinished in directory.glob(pattern):
+            unfinished.unlink(missing_ok=True)
+
+
 class SplitWriter:
     """Packs the documents of one split of one unit into rows and writes them to shard files.
 
