@@ -24,6 +24,7 @@ from .job import lock
 from .packing import padding_id
 from .pool import run_units, worker_count
 from .reading import map_file
+from .shard_index import index_of
 from .work_list import Unit
 from .worker import record_path
 from .writing import RowSettings, SplitWriter, remove_unfinished
@@ -135,7 +136,7 @@ def rechunk_unit(
 
 def documents_in(path: Path, manifest: shards.Manifest) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """(ids, lengths, whether the last goes on in the next) of a verified shard's documents, for each record batch."""
-    _, batches = shards.index_of(map_file(path), shards.batch_rows(manifest.seq_len, manifest.dtype))
+    _, batches = index_of(map_file(path), shards.batch_rows(manifest.seq_len, manifest.dtype))
     for batch in batches:
         ids, lengths, offsets, continues = shards.columns(batch)
         ends = np.cumsum(lengths, dtype=np.int64)

@@ -16,7 +16,8 @@ from common.errors import UserError
 from common.files import sha256_of
 
 from .reading import map_file
-from .shards import BATCH_ROWS, Manifest, Shard, batch_rows, columns, index_of, schema, stored_index, unit_of
+from .shard_index import index_of, stored_index
+from .shards import BATCH_ROWS, Manifest, Shard, batch_rows, columns, schema, unit_of
 
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 

@@ -18,6 +18,7 @@ from common.files import force_to_disk, sha256_of
 from . import shards
 from .packing import PackedRows, join, make_packer
 from .reading import map_file
+from .shard_index import index_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class ShardWriter:
             self._write(join(self._waiting))
         self._writer.close()
         self._sink.close()
-        index, _ = shards.index_of(map_file(self._temporary), self._batch_rows)
+        index, _ = index_of(map_file(self._temporary), self._batch_rows)
         with open(self._temporary, "ab") as file:
             file.write(index.to_bytes())
         force_to_disk(self._temporary)

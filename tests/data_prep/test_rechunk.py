@@ -8,7 +8,7 @@ import pytest
 from helpers import config, digest, write_jsonl
 
 from common.errors import UserError
-from data_prep import rechunk, shards, verify
+from data_prep import rechunk, shard_index, shards, verify
 from data_prep.__main__ import main
 from data_prep.config import SourceConfig
 from data_prep.prepare import prepare
@@ -38,7 +38,7 @@ def made(tmp_path_factory, tokenizer_dir, tales):
 def rows_by_unit(folder: Path, source: shards.SourceEntry, split: str) -> dict[int, list]:
     found: dict[int, list] = {}
     for shard in getattr(source, split):
-        table = shards.index_of(np.fromfile(folder / shard.file, dtype=np.uint8))[1]
+        table = shard_index.index_of(np.fromfile(folder / shard.file, dtype=np.uint8), shards.BATCH_ROWS)[1]
         found.setdefault(shards.unit_of(shard.file), []).extend(row for batch in table for row in batch.to_pylist())
     return found
 

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data_prep import reading, shards, verify
+from data_prep import reading, shard_index, shards, verify
 from data_prep.__main__ import main
 from data_prep.packing import PackedRows
 from data_prep.prepare import prepare
 from data_prep.unit_builder import is_validation
-from data_prep.writing import ShardWriter
+from data_prep.writing import RowSettings, ShardWriter, SplitWriter
 
 FINGERPRINT = "f" * 64
 VOCABULARY = 300
@@ -121,9 +121,9 @@ def test_long_rows_have_small_batches(tmp_path):
     rows = made_rows(300, 1 << 16, 0)
     manifest = write_corpus(tmp_path, [rows])
     content = reading.map_file(tmp_path / manifest.sources[0].train[0].file)
-    index = shards.stored_index(content)
+    index = shard_index.stored_index(content)
     assert index is not None and index.batch_rows == 128
-    assert [len(batch) for batch in shards.index_of(content, 128)[1]] == [128, 128, 44]
+    assert [len(batch) for batch in shard_index.index_of(content, 128)[1]] == [128, 128, 44]
     assert_rows(shards.ShardedRows(tmp_path, manifest.sources[0].train), rows, [299, 0, 127, 128])
 
 
@@ -187,7 +187,7 @@ def test_beyond_the_most_mappings_rows_are_still_read(tmp_path, monkeypatch):
 
 def damage(path: Path, how: str) -> None:
     content = bytearray(path.read_bytes())
-    index = shards.stored_index(np.frombuffer(bytes(content), dtype=np.uint8))
+    index = shard_index.stored_index(np.frombuffer(bytes(content), dtype=np.uint8))
     assert index is not None
     table = len(content) - index.size
     if how == "shorter":
@@ -329,3 +329,12 @@ def test_no_held_out_document_is_lost(tmp_path, tokenizer_dir, tokenizer, tales)
     assert sorted(np.concatenate(found).tolist()) == sorted(np.concatenate(expected).tolist())
     assert len(manifest.sources[0].validation) > 2
     assert verify.check(tmp_path / "out", contents=True) == []
+
+
+def test_an_id_that_the_stored_type_cannot_hold_is_an_error_and_does_not_wrap(tmp_path):
+    settings = RowSettings("concat", 4, "uint16", 0, FINGERPRINT, 1)
+    writer = SplitWriter(tmp_path, "s", 0, "train", settings)
+    writer.add(np.array([65535, 0]), np.array([2]))
+    for wrong in (70_001, -1):
+        with pytest.raises(ValueError, match="do not fit uint16"):
+            writer.add(np.array([1, wrong]), np.array([2]))
