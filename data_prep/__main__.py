@@ -3,6 +3,7 @@
     python -m data_prep prepare data_prep/configs/demo.yaml --dry_run      # files, tokens, time; writes nothing
     python -m data_prep prepare data_prep/configs/demo.yaml num_workers=8  # run again to continue
     python -m data_prep verify data/demo                                   # every checksum and every row
+    python -m data_prep rechunk data/demo --seq_len 4096 --output_dir data/demo_4096  # rows of another length
     python -m data_prep inspect data/demo                                  # counts, lengths, a decoded row
 
 On a cluster (slurm/data_prep.sh does this): each of N tasks makes its share, then one merge writes the manifest.
@@ -54,7 +55,17 @@ def _parser() -> argparse.ArgumentParser:
         verb.set_defaults(run=run)
     verify = verbs.add_parser("verify", help="check every shard against the manifest: size, sha256, every row")
     verify.add_argument("dir")
+    verify.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes; default: one per CPU")
+    verify.add_argument("--task", type=int, default=0, help="the number of the share of the shards, from 0")
+    verify.add_argument("--num_tasks", type=int, default=1, help="number of shares")
     verify.set_defaults(run=_verify)
+    rechunk = verbs.add_parser("rechunk", help="rows of another length from the shards of a concat corpus")
+    rechunk.add_argument("dir")
+    rechunk.add_argument("--seq_len", type=int, required=True, metavar="N", help="tokens of the new rows")
+    rechunk.add_argument("--output_dir", required=True, help="is made; the same command continues there")
+    rechunk.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes; default: one per CPU")
+    rechunk.add_argument("--shard_mb", type=int, default=1024, help="size of a shard file; default: %(default)s")
+    rechunk.set_defaults(run=_rechunk)
     inspect = verbs.add_parser("inspect", help="counts, document lengths, one decoded row with its boundaries")
     inspect.add_argument("dir")
     inspect.add_argument("--source", help="default: the first")
@@ -124,15 +135,30 @@ def _print_summary(directory: str, manifest: shards.Manifest) -> None:
 def _verify(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    manifest = shards.Manifest.load(args.dir)
-    total = sum(shard.bytes for source in manifest.sources for shard in source.train + source.validation)
+    from .pool import worker_count
+
+    tasks = verify.tasks_of(shards.Manifest.load(args.dir), args.task, args.num_tasks)
+    total = sum(task.shard.bytes for task in tasks)
+    workers = worker_count(args.num_workers, len(tasks))
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
-        problems = verify.check(args.dir, contents=True, progress=lambda shard: bar.update(shard.bytes))
+        problems = verify.check(
+            args.dir, contents=True, progress=lambda shard: bar.update(shard.bytes),
+            num_workers=workers, task=args.task, num_tasks=args.num_tasks,
+        )  # fmt: skip
     for problem in problems:
         log.error("%s", problem)
     if not problems:
-        print(f"{args.dir}: all shards match the manifest")
+        which = "all shards" if args.num_tasks == 1 else f"the {len(tasks)} shards of task {args.task}"
+        print(f"{args.dir}: {which} match the manifest")
     return 1 if problems else 0
+
+
+def _rechunk(args: argparse.Namespace) -> int:
+    from .rechunk import rechunk
+
+    manifest = rechunk(args.dir, args.seq_len, args.output_dir, args.num_workers, args.shard_mb)
+    _print_summary(args.output_dir, manifest)
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -30,7 +30,8 @@ def _kept_path(directory: Path, unit: Unit) -> Path:
 def write_hashes(unit: Unit, config: PrepareConfig) -> None:
     """Write the 128-bit hashes of the unit's documents, in order: (documents, 2) uint64."""
     source = next(source for source in config.sources if source.name == unit.source)
-    digests = b"".join(digest(document) for document in documents.read(unit, source, Tally()))
+    found = documents.read(unit, source, Tally(), config.max_document_mb << 20)
+    digests = b"".join(digest(document) for document in found)
     hashes = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
     write_atomically(hashes_path(Path(config.output_dir), unit), _npy(hashes))
 

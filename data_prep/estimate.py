@@ -54,7 +54,7 @@ def _estimate_source(
     texts = []
     text_bytes = 0  # of the sample
     sampled_bytes = 0
-    for document in documents.read(sample, source, Tally()):
+    for document in documents.read(sample, source, Tally(), config.max_document_mb << 20):
         text = document if isinstance(document, str) else next(document.blocks())
         size = len(text.encode("utf-8", "replace"))
         text_bytes += size if isinstance(document, str) else document.utf8_bytes

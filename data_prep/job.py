@@ -281,7 +281,8 @@ def select_engine(job: Job) -> tuple[Engine, str]:
     """(engine, the reason in one line), after a comparison on the first documents."""
     unit = job.units[0]
     source = next(source for source in job.config.sources if source.name == unit.source)
-    found = islice(documents.read(unit, source, Tally()), SAMPLE_DOCUMENTS)
+    limit = job.config.max_document_mb << 20
+    found = islice(documents.read(unit, source, Tally(), limit), SAMPLE_DOCUMENTS)
     texts = [text if isinstance(text, str) else next(text.blocks()) for text in found]
     return tokenizing.select_engine(job.tokenizer, job.config.engine, [text[:SAMPLE_CHARACTERS] for text in texts])
 
@@ -290,7 +291,7 @@ def warn_without_validation(config: PrepareConfig, manifest: shards.Manifest) ->
     for source in manifest.without_validation() if config.validation_fraction else []:
         log.warning(
             "source %s has %s documents (%s tokens) but gets no validation row: with validation_fraction=%g "
-            "too little is held out to fill a row of %d tokens; use %s",
-            source.name, f"{source.documents:,}", f"{source.tokens:,}",
-            config.validation_fraction, config.seq_len, shards.MORE_VALIDATION,
+            "none of them is held out; use %s",
+            source.name, f"{source.documents:,}", f"{source.tokens:,}", config.validation_fraction,
+            shards.MORE_VALIDATION,
         )  # fmt: skip

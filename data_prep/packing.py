@@ -3,12 +3,13 @@
 In: batches of documents, as their ids end to end and their lengths. Out: `PackedRows`, which also have
 the lengths of the pieces of documents in each row, so that attention can be isolated per document.
 
-`concat` cuts documents at row ends and goes on in the next row, as the DiffuLLaMA reference does; the
-tokens that fill no row at the end are dropped. `best_fit` keeps every document that fits a row whole and
-cuts longer ones at row ends; the end of a row may be padding, and no token is dropped.
+`concat` cuts documents at row ends and goes on in the next row, as the DiffuLLaMA reference does; of the
+tokens that fill no row at the end, those held out make a padded row and the others are dropped. `best_fit`
+keeps every document that fits a row whole and cuts longer ones at row ends; the end of a row may be padding,
+and no token is dropped.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class PackedRows:
     ids: np.ndarray  # (rows, seq_len)
     lengths: np.ndarray  # (pieces,) of all rows, row after row
     counts: np.ndarray  # (rows,) pieces in each row
+    continues: np.ndarray  # (rows,) bool: the row's last document goes on after it; of `concat` alone
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -31,9 +33,22 @@ class PackedRows:
         """The first `at` rows, and the others."""
         piece = int(self.counts[:at].sum())
         return (
-            PackedRows(self.ids[:at], self.lengths[:piece], self.counts[:at]),
-            PackedRows(self.ids[at:], self.lengths[piece:], self.counts[at:]),
+            PackedRows(self.ids[:at], self.lengths[:piece], self.counts[:at], self.continues[:at]),
+            PackedRows(self.ids[at:], self.lengths[piece:], self.counts[at:], self.continues[at:]),
         )
+
+
+def join(parts: list[PackedRows]) -> PackedRows:
+    """The rows of all parts, of which there is at least one."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [field.name for field in fields(PackedRows)]
+    return PackedRows(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def padding_id(special_ids: dict[str, int | None]) -> int:
+    """The id that fills the rest of a row: pad, else eos, else 0."""
+    return next((i for i in (special_ids["pad"], special_ids["eos"]) if i is not None), 0)
 
 
 class Concat:
@@ -41,41 +56,46 @@ class Concat:
 
     >>> packer = Concat(seq_len=4)
     >>> packer.add(np.arange(9), np.array([6, 3]))
-    >>> rows = packer.take(); rows.lengths.tolist(), rows.counts.tolist(), packer.pending_tokens
-    ([4, 2, 2], [1, 2], 1)
+    >>> rows = packer.take(); rows.lengths.tolist(), rows.counts.tolist(), rows.continues.tolist()
+    ([4, 2, 2], [1, 2], [True, True])
+    >>> packer.pending_tokens
+    1
     """
 
-    def __init__(self, seq_len: int, padding_id: int = 0):
+    def __init__(self, seq_len: int, padding_id: int = 0, pad_last: bool = False):
         self.seq_len = seq_len
+        self.padding_id = padding_id
+        self.pad_last = pad_last
+        self.pending_tokens = 0  # added and not yet taken; after take(last=True), dropped
         self._ids: list[np.ndarray] = []
-        self._lengths: list[np.ndarray] = []
-        self.pending_tokens = 0  # added and not yet taken
+        self._ends: list[np.ndarray] = []  # of documents, from the first pending token on
 
-    @property
-    def free_tokens(self) -> int:
-        """Tokens still free in the current row.
-
-        A long document may be added in parts that end where a row does: the rows are those of the whole document.
-        """
-        return self.seq_len - self.pending_tokens % self.seq_len
-
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, lengths: np.ndarray, goes_on: bool = False) -> None:
+        """Add documents of at least a token each; with `goes_on`, the next call begins with more of the last one."""
+        ends = self.pending_tokens + np.cumsum(lengths)
         self._ids.append(ids)
-        self._lengths.append(lengths)
+        self._ends.append(ends[:-1] if goes_on else ends)
         self.pending_tokens += len(ids)
 
     def take(self, last: bool = False) -> PackedRows:
-        """All full rows so far; after `last`, the tokens that are still pending are dropped."""
-        rows = self.pending_tokens // self.seq_len
-        used = rows * self.seq_len
+        """All full rows so far; with `last` and `pad_last` also the padded rest, which is dropped otherwise."""
         ids = np.concatenate(self._ids) if self._ids else np.zeros(0, dtype=np.int64)
-        ends = np.cumsum(np.concatenate(self._lengths)) if self._lengths else np.zeros(0, dtype=np.int64)
-        cuts = np.union1d(ends[ends <= used], np.arange(1, rows + 1) * self.seq_len)
+        ends = np.concatenate(self._ends) if self._ends else np.zeros(0, dtype=np.int64)
+        rows, rest = divmod(len(ids), self.seq_len)
+        used = rows * self.seq_len
+        row_ends = np.arange(1, rows + 1) * self.seq_len
+        if last and self.pad_last and rest:
+            rows += 1
+            used = len(ids)
+            row_ends = np.append(row_ends, used)
+            ids = np.append(ids, np.full(self.seq_len - rest, self.padding_id, dtype=ids.dtype))
+        cuts = np.union1d(ends[ends <= used], row_ends)
         counts = np.bincount((cuts - 1) // self.seq_len, minlength=rows) if rows else np.zeros(0, dtype=np.int64)
-        self._ids = [ids[used:]]
-        self.pending_tokens = len(ids) - used
-        self._lengths = [np.diff(ends[ends > used], prepend=used)]
-        return PackedRows(ids[:used].reshape(rows, self.seq_len), np.diff(cuts, prepend=0), counts)
+        self._ids = [ids[rows * self.seq_len :]]
+        self._ends = [ends[ends > used] - used]
+        self.pending_tokens -= used
+        ids = ids[: rows * self.seq_len].reshape(rows, self.seq_len)
+        return PackedRows(ids, np.diff(cuts, prepend=0), counts, ~np.isin(row_ends, ends))
 
 
 class BestFit:
@@ -85,24 +105,26 @@ class BestFit:
         self.seq_len = seq_len
         self.padding_id = padding_id
         self.pending_tokens = 0  # added and not yet taken; none after take(last=True)
+        self._unfinished: list[np.ndarray] = []  # the tokens of a document that goes on, after its full rows
         self._pieces: list[np.ndarray] = []  # documents, or their last parts, that wait to be placed
         self._waiting_tokens = 0  # in them
         self._full: list[list[np.ndarray]] = []  # finished rows, each a list of pieces
         self._open: list[list[np.ndarray]] = []  # rows with space left
 
-    @property
-    def free_tokens(self) -> int:
-        """As Concat's. Here a document longer than a row always begins with a row of its own."""
-        return self.seq_len
-
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        for document in np.split(ids, np.cumsum(lengths)[:-1]):
+    def add(self, ids: np.ndarray, lengths: np.ndarray, goes_on: bool = False) -> None:
+        """As Concat's."""
+        documents = np.split(ids, np.cumsum(lengths)[:-1])
+        self.pending_tokens += len(ids)
+        documents[0] = np.concatenate([*self._unfinished, documents[0]])
+        self._unfinished = []
+        for number, document in enumerate(documents, 1):
             whole = len(document) // self.seq_len * self.seq_len
             self._full += [[row] for row in document[:whole].reshape(-1, self.seq_len)]
-            if whole < len(document):
+            if goes_on and number == len(documents):
+                self._unfinished = [document[whole:]]
+            elif whole < len(document):
                 self._pieces.append(document[whole:])
                 self._waiting_tokens += len(document) - whole
-        self.pending_tokens += len(ids)
         if self._waiting_tokens >= WINDOW_TOKENS:
             self._fit()
 
@@ -134,7 +156,8 @@ class BestFit:
         by_space = [row for space in sorted(free) for row in free[space]]  # the fullest first
         surplus = max(0, len(by_space) - OPEN_ROWS)
         self._full += by_space[:surplus]
-        self._open = by_space[surplus:]
+        # copies, or a piece that waits long would keep its whole batch of documents in memory
+        self._open = [[piece if piece.base is None else piece.copy() for piece in row] for row in by_space[surplus:]]
         self._pieces = []
         self._waiting_tokens = 0
 
@@ -146,7 +169,8 @@ class BestFit:
             self._open = []
         rows = self._full
         self._full = []
-        ids = np.full((len(rows), self.seq_len), self.padding_id, dtype=np.int64)
+        dtype = rows[0][0].dtype if rows else np.int64
+        ids = np.full((len(rows), self.seq_len), self.padding_id, dtype=dtype)
         for target, row in zip(ids, rows):
             start = 0
             for piece in row:
@@ -154,7 +178,12 @@ class BestFit:
                 start += len(piece)
         lengths = np.array([len(piece) for row in rows for piece in row], dtype=np.int64)
         self.pending_tokens -= int(lengths.sum())
-        return PackedRows(ids, lengths, np.array([len(row) for row in rows], dtype=np.int64))
+        counts = np.array([len(row) for row in rows], dtype=np.int64)
+        return PackedRows(ids, lengths, counts, np.zeros(len(rows), dtype=bool))
 
 
-PACKERS = {"concat": Concat, "best_fit": BestFit}
+def make_packer(packing: str, seq_len: int, padding_id: int, split: str) -> Concat | BestFit:
+    """The packer of a split. Held-out documents are few: `concat` pads their last row, to lose none of them."""
+    if packing == "best_fit":
+        return BestFit(seq_len, padding_id)
+    return Concat(seq_len, padding_id, pad_last=split == "validation")

@@ -19,6 +19,7 @@ from .config import PrepareConfig
 from .job import Job, load_finished, load_job, lock, select_engine, warn_without_validation
 from .pool import run_units, worker_count
 from .work_list import Unit
+from .writing import remove_unfinished
 
 
 def prepare(config: PrepareConfig, progress: bool = True, task: int = 0, num_tasks: int = 1) -> shards.Manifest | None:
@@ -154,8 +155,7 @@ def _merge(job: Job) -> shards.Manifest:
         parts=[shards.Part(job.corpus_hash, "inputs/000.json", {s.name: len(s.units) for s in job.work.sources})],
     )
     job.work.save(job.directory / "inputs" / "000.json")
-    for unfinished in job.directory.glob("manifest.json.*.tmp"):  # of a process that was killed here
-        unfinished.unlink()
+    remove_unfinished(job.directory)
     manifest.save(job.directory)
     shutil.rmtree(job.directory / ".work")
     warn_without_validation(config, manifest)

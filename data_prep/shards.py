@@ -1,4 +1,4 @@
-"""The shard format: its only home. Writer, memory-mapped reader, manifest, verification.
+"""The shard format: its only home. Layout, memory-mapped reader, manifest; writing.py writes it.
 
 A corpus is a folder:
 
@@ -7,33 +7,42 @@ A corpus is a folder:
     DIR/<source>/validation-00000-000.arrow
 
 Columns: `input_ids` fixed_size_list<uint16 or uint32>[seq_len]; `document_lengths` list<uint32>, the
-lengths of the pieces of documents in the row; where they sum to less than seq_len, the rest is padding.
+lengths of the pieces of documents in the row; where they sum to less than seq_len, the rest is padding;
+`last_continues` bool, whether the row's last document goes on after the row: in the next one, or among the
+tokens dropped at the end of a unit. Only `concat` sets it: with `best_fit` no row continues the one before.
 Any Arrow tool reads them. They are streams, not Arrow files, because `datasets.Dataset.from_file`
 memory-maps streams.
+
+Behind the stream's end marker, where Arrow readers stop, lies an index (shard_index.py). With it a row is
+found without parsing the headers before it. Version 1 has no index and no last_continues.
 """
 
 import hashlib
 import json
-import os
+from array import array
+from bisect import bisect_right
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from common.errors import UserError
-from common.files import force_to_disk, sha256_of, write_atomically
+from common.files import write_atomically
 
-from .packing import PackedRows
+from .reading import FileRegion, most_mappings
+from .shard_index import INDEXED, index_of, stored_index
 
 FORMAT = "diffullama-shards"
 VERSION = 2
 READABLE = (1, 2)  # versions: the first has no last_continues, no index at a shard's end
 BATCH_ROWS = 1024  # rows per record batch, all but a shard's last: so a row's batch is a division
+BATCH_BYTES = 1 << 24  # of ids; long rows have fewer a batch, so that a writer holds no more
 SPLITS = ("train", "validation")
-MORE_VALIDATION = "a larger validation_fraction, a smaller seq_len or more documents"  # what gives validation rows
+MORE_VALIDATION = "a larger validation_fraction or more documents"  # what gives validation rows
 
 
 @dataclass
@@ -155,121 +164,141 @@ def _from_json(cls: type, content: dict) -> Any:
     return cls(**values)
 
 
+def unit_of(file: str) -> int:
+    """The number of the unit that a shard file was made of: 12 of source/train-00012-003.arrow."""
+    return int(file.rsplit("-", 2)[1])
+
+
 def dtype_for(vocab_size: int) -> str:
     """The smallest type that holds every token id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def schema(seq_len: int, dtype: str, tokenizer_fingerprint: str) -> pa.Schema:
-    about = {"format": FORMAT, "version": str(VERSION), "tokenizer": tokenizer_fingerprint}
+def batch_rows(seq_len: int, dtype: str) -> int:
+    """Rows of each record batch but the last."""
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // (seq_len * np.dtype(dtype).itemsize)))
+
+
+def schema(seq_len: int, dtype: str, tokenizer_fingerprint: str, version: int = VERSION) -> pa.Schema:
+    about = {"format": FORMAT, "version": str(version), "tokenizer": tokenizer_fingerprint}
     ids = pa.list_(getattr(pa, dtype)(), seq_len)
-    fields = [pa.field("input_ids", ids, nullable=False), pa.field("document_lengths", pa.list_(pa.uint32()))]
-    return pa.schema(fields, metadata=about)
+    columns = [pa.field("input_ids", ids, nullable=False), pa.field("document_lengths", pa.list_(pa.uint32()))]
+    if version > 1:
+        columns.append(pa.field("last_continues", pa.bool_(), nullable=False))
+    return pa.schema(columns, metadata=about)
 
 
-class ShardWriter:
-    """Writes one shard file under a temporary name; `close` renames it and returns its entry."""
-
-    def __init__(self, directory: Path, file: str, shard_schema: pa.Schema):
-        self.file = file
-        self.schema = shard_schema
-        self.seq_len = shard_schema.field("input_ids").type.list_size
-        self.rows = 0
-        self.documents = 0  # pieces of documents in them
-        self._waiting: list[PackedRows] = []
-        self._waiting_rows = 0
-        self.path = directory / file
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self.path.with_name(self.path.name + ".tmp")
-        self._sink = pa.OSFile(str(self._temporary), "wb")
-        self._writer = pa.ipc.new_stream(self._sink, shard_schema)
-
-    def append(self, rows: PackedRows) -> None:
-        self._waiting.append(rows)
-        self._waiting_rows += len(rows)
-        self.rows += len(rows)
-        while self._waiting_rows >= BATCH_ROWS:
-            self._flush(BATCH_ROWS)
-
-    def _flush(self, count: int) -> None:
-        """Write `count` of the waiting rows as one record batch."""
-        waiting = PackedRows(
-            np.concatenate([rows.ids for rows in self._waiting]),
-            np.concatenate([rows.lengths for rows in self._waiting]),
-            np.concatenate([rows.counts for rows in self._waiting]),
-        )
-        rows, later = waiting.split(count)
-        self._waiting = [later]
-        self._waiting_rows = len(later)
-        id_type, length_type = self.schema.types
-        flat = pa.array(rows.ids.ravel().astype(id_type.value_type.to_pandas_dtype()))
-        offsets = np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int32)
-        pieces = pa.array(rows.lengths.astype(length_type.value_type.to_pandas_dtype()))
-        columns = [
-            pa.FixedSizeListArray.from_arrays(flat, self.seq_len),
-            pa.ListArray.from_arrays(pa.array(offsets), pieces),
-        ]
-        self._writer.write_batch(pa.record_batch(columns, schema=self.schema))
-        self.documents += len(pieces)
-
-    def close(self) -> Shard:
-        """Finish the file; returns its entry for the manifest."""
-        if self._waiting_rows:
-            self._flush(self._waiting_rows)
-        self._writer.close()
-        self._sink.close()
-        force_to_disk(self._temporary)
-        digest = sha256_of(self._temporary)
-        size = self._temporary.stat().st_size
-        os.replace(self._temporary, self.path)
-        return Shard(self.file, self.rows, self.rows * self.seq_len, self.documents, size, digest)
-
-    def abandon(self) -> None:
-        """Remove what was written."""
-        self._sink.close()
-        self._temporary.unlink(missing_ok=True)
-
-
-class ShardReader:
-    """One memory-mapped shard: the arrays of its record batches are views of the file.
-
-    Raises UserError when the file is not a readable Arrow file.
+def columns(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A record batch as arrays: (ids (rows * seq_len,), document_lengths of all rows, their offsets (rows + 1,),
+    last_continues (rows,)).
     """
-
-    def __init__(self, path: str | Path):
-        try:
-            reader = pa.ipc.open_stream(pa.memory_map(str(path)))
-            batches = list(reader)  # the batches' headers; their rows stay on disk until read
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(
-                f"{path} is not a complete Arrow stream ({str(error).splitlines()[0]}); "
-                "run `python -m data_prep verify` on its corpus, then prepare it again"
-            ) from None
-        self.schema = reader.schema
-        self.seq_len = self.schema.field("input_ids").type.list_size
-        self.rows = sum(batch.num_rows for batch in batches)
-        # one array per record batch
-        self.ids = [batch.column(0).flatten().to_numpy() for batch in batches]  # (rows * seq_len,)
-        self.lengths = [batch.column(1).values.to_numpy() for batch in batches]  # (pieces,) of all rows
-        self.offsets = [batch.column(1).offsets.to_numpy() for batch in batches]  # (rows + 1,) into lengths
+    ids, lengths = batch.column(0), batch.column(1)
+    if batch.num_columns > 2:
+        continues = batch.column(2).to_numpy(zero_copy_only=False)
+    else:
+        continues = np.zeros(len(batch), dtype=bool)
+    return ids.values.to_numpy(), lengths.values.to_numpy(), lengths.offsets.to_numpy(), continues
 
 
 class ShardedRows:
-    """The rows of one split of one source, over all its shards, which are opened when first read."""
+    """The rows of one split of one source, over all its shards.
+
+    A shard is mapped when it is first read, and stays so without a file descriptor. All shards lie in one region of
+    addresses, so that a row is found by numbers alone: objects of 20,000 shards would not stay in the CPU's caches.
+    Beyond as many shards as the kernel lets a process map, a shard is mapped anew for each row.
+    """
+
+    _mapped = 0  # mappings of all instances
+    _most_mapped = most_mappings()
+    _own = 0  # mappings of this one
 
     def __init__(self, directory: Path, shards: list[Shard]):
-        self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
-        self._paths = [directory / shard.file for shard in shards]
-        self._open = lru_cache(maxsize=512)(lambda i: ShardReader(self._paths[i]))
+        self._directory = directory
+        self._shards = shards
+        self._starts = array("q", [0, *accumulate(shard.rows for shard in shards)])
+        try:
+            self._region = FileRegion([shard.bytes for shard in shards])
+        except OSError:  # the process may not have so many addresses
+            if len(shards) == 1:
+                raise
+            self._region = FileRegion([])
+            self._most_mapped = 0
+        self._places = array("q", self._region.places)
+        self._indices = array("q", bytes(8 * len(shards)))  # where each shard's index lies in the region; 0: not mapped
+        self._computed: dict[int, bytes] = {}  # the index of each shard that has none itself, those of version 1
+        self._bytes = np.asarray(self._region)
+        self._memory = self._bytes.data
+        self._lengths = self._bytes.view("<u4")
+        self._layout: tuple[int, int, int] | None = None  # rows of a batch, seq_len, bytes of an id
+
+    def __del__(self) -> None:
+        ShardedRows._mapped -= self._own
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (seq_len,), document_lengths (documents,)) as views of the file."""
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard = self._open(number)
-        batch, i = divmod(index - int(self._starts[number]), BATCH_ROWS)
-        offsets = shard.offsets[batch]
-        ids = shard.ids[batch][i * shard.seq_len : (i + 1) * shard.seq_len]
-        return ids, shard.lengths[batch][offsets[i] : offsets[i + 1]]
+        """(ids (seq_len,), document_lengths (documents,)) as views of the file. Raises UserError for a bad shard."""
+        number = bisect_right(self._starts, index) - 1
+        index -= self._starts[number]
+        table = self._indices[number]
+        if not table:
+            if ShardedRows._mapped >= self._most_mapped and len(self._shards) > 1:
+                return ShardedRows(self._directory, self._shards[number : number + 1]).row(index)
+            table = self._map(number)
+        batch, i = divmod(index, self._batch_rows)
+        if self._computed and number in self._computed:
+            ids, offsets, lengths, _ = INDEXED.unpack_from(self._computed[number], batch * INDEXED.size)
+        else:
+            ids, offsets, lengths, _ = INDEXED.unpack_from(self._memory, table + batch * INDEXED.size)
+        place = self._places[number]
+        begin, end = _TWO.unpack_from(self._memory, place + offsets + 4 * i)
+        lengths = (place + lengths) // 4
+        if not 0 <= begin < end <= table // 4 - lengths:  # beyond it, there may be no memory
+            raise self._bad(number, f"the lengths of row {index} lie outside of it")
+        first = (place + ids) // self._id_bytes + i * self._seq_len
+        return self._ids[first : first + self._seq_len], self._lengths[lengths + begin : lengths + end]
+
+    def _map(self, number: int) -> int:
+        """Map a shard; returns where its index lies in the region, or its end where it has none."""
+        shard = self._shards[number]
+        place = self._places[number]
+        try:
+            self._region.add(number, self._path(number))
+            content = self._bytes[place : place + shard.bytes]
+            index = stored_index(content)
+            if index is None:
+                index = index_of(content, BATCH_ROWS)[0]
+                self._computed[number] = index.table.tobytes()
+                end = place + shard.bytes
+            else:
+                end = place + shard.bytes - index.size
+            index.check(end - place)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self._bad(number, str(error).splitlines()[0]) from None
+        if (index.rows, index.rows * index.seq_len) != (shard.rows, shard.tokens):
+            raise self._bad(number, f"{index.rows} rows of {index.seq_len} tokens, the manifest says {shard.rows} rows")
+        layout = (index.batch_rows, index.seq_len, index.id_bytes)
+        if self._layout is None:
+            self._batch_rows, self._seq_len, self._id_bytes = self._layout = layout
+            self._ids = self._bytes.view(f"<u{index.id_bytes}")
+        if layout != self._layout:
+            raise self._bad(number, "its rows are laid out otherwise than those of the shards before")
+        # two more parts of the region, unless a neighbour is mapped already
+        new = 2 - sum(
+            bool(self._indices[other]) for other in (number - 1, number + 1) if 0 <= other < len(self._shards)
+        )
+        ShardedRows._mapped += new
+        self._own += new
+        self._indices[number] = end
+        return end
+
+    def _bad(self, number: int, what: str) -> UserError:
+        advice = "run `python -m data_prep verify` on its corpus, then prepare it again"
+        return UserError(f"{self._path(number)} is not a complete shard ({what}); {advice}")
+
+    def _path(self, number: int) -> str:
+        return f"{self._directory}/{self._shards[number].file}"  # joining paths takes longer than opening a file
+
+
+_TWO = Struct("<2i")  # where the lengths of a row begin and end

@@ -1,6 +1,7 @@
 """The documents of one unit into the rows of its two splits: tokenize, pack, write shards, count.
 
-In: documents. Out: shard files, whose entries `SplitWriter.finish` returns, and the counts in `UnitBuilder.counts`.
+In: documents. Out: shard files, whose entries `SplitWriter.finish` returns (writing.py), and the counts in
+`UnitBuilder.counts`.
 """
 
 from collections import Counter
@@ -11,14 +12,14 @@ from re import Pattern
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from . import shards, tokenizing
 from .config import PrepareConfig
 from .inputs.document import Document, LongText, digest
-from .packing import PACKERS, PackedRows
+from .packing import padding_id
 from .tokenizing import Engine, TokenizerSpec
 from .work_list import Unit
+from .writing import RowSettings, SplitWriter
 
 BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
 CHECK_ONE_IN = 512  # one document in so many is compared with the reference tokenizer
@@ -81,8 +82,12 @@ class UnitBuilder:
         self.validation_fraction = config.validation_fraction
         self.bos: list[Any] = [tokenizer.special_ids["bos"]] * config.add_bos
         self.eos: list[Any] = [tokenizer.special_ids["eos"]] * config.add_eos
-        schema = shards.schema(config.seq_len, shards.dtype_for(tokenizer.size), tokenizer.fingerprint)
-        self.splits = {name: SplitWriter(unit, name, config, schema, padding_id(tokenizer)) for name in shards.SPLITS}
+        rows = RowSettings(
+            config.packing, config.seq_len, shards.dtype_for(tokenizer.size), padding_id(tokenizer.special_ids),
+            tokenizer.fingerprint, config.shard_mb,
+        )  # fmt: skip
+        directory = Path(config.output_dir)
+        self.splits = {name: SplitWriter(directory, unit.source, unit.index, name, rows) for name in shards.SPLITS}
         self.counts: Counter = Counter()
 
     def add_batch(self, texts: list[str]) -> None:
@@ -139,11 +144,6 @@ class UnitBuilder:
                 )
 
 
-def padding_id(tokenizer: TokenizerSpec) -> int:
-    """The id that fills the rest of a row with best_fit: pad, else eos, else 0."""
-    return next((i for i in (tokenizer.special_ids["pad"], tokenizer.special_ids["eos"]) if i is not None), 0)
-
-
 def _utf8_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
@@ -171,70 +171,3 @@ def _add_bos_and_eos(ids: np.ndarray, lengths: np.ndarray, bos: list[int], eos: 
         is_text[last] = False
     out[is_text] = ids
     return out, new_lengths
-
-
-class SplitWriter:
-    """Packs the documents of one split of one unit into rows and writes them to shard files."""
-
-    def __init__(self, unit: Unit, split: str, config: PrepareConfig, schema: pa.Schema, padding: int):
-        self.packer = PACKERS[config.packing](config.seq_len, padding)
-        self.padding = 0  # tokens
-        self._directory = Path(config.output_dir)
-        self._schema = schema
-        self._file_stem = f"{unit.source}/{split}-{unit.index:05d}"
-        bytes_per_token = schema.field("input_ids").type.value_type.bit_width // 8
-        bytes_per_batch = config.seq_len * bytes_per_token * shards.BATCH_ROWS
-        batches = max(1, (config.shard_mb << 20) // bytes_per_batch)
-        self._rows_per_shard = batches * shards.BATCH_ROWS
-        self._writer: shards.ShardWriter | None = None
-        self._finished: list[shards.Shard] = []
-
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Add documents: their ids end to end, and their lengths."""
-        self.packer.add(ids, lengths)
-        self._write(self.packer.take())
-
-    def add_long(self, parts: Iterator[np.ndarray]) -> int:
-        """Add one document whose ids come in parts; the rows are those of `add`. Returns its number of tokens."""
-        held = np.zeros(0, dtype=np.int64)
-        tokens = 0
-        for ids in parts:
-            tokens += len(ids)
-            held = np.concatenate([held, ids])
-            surplus = len(held) - self.packer.free_tokens
-            if surplus > 0:
-                # Pack up to a row's end, where a document is cut anyway, and hold back at least one token.
-                whole = len(held) - surplus + (surplus - 1) // self.packer.seq_len * self.packer.seq_len
-                self.add(held[:whole], np.array([whole]))
-                held = held[whole:]
-        if len(held):
-            self.add(held, np.array([len(held)]))
-        return tokens
-
-    def finish(self) -> list[shards.Shard]:
-        """Write the last rows; returns all shards of the split."""
-        self._write(self.packer.take(last=True))
-        if self._writer is not None:
-            self._close_shard()
-        return self._finished
-
-    def abandon(self) -> None:
-        """Remove the unfinished shard file."""
-        if self._writer is not None:
-            self._writer.abandon()
-
-    def _write(self, rows: PackedRows) -> None:
-        self.padding += rows.ids.size - int(rows.lengths.sum())
-        while len(rows):
-            if self._writer is None:
-                file = f"{self._file_stem}-{len(self._finished):03d}.arrow"
-                self._writer = shards.ShardWriter(self._directory, file, self._schema)
-            now, rows = rows.split(self._rows_per_shard - self._writer.rows)
-            self._writer.append(now)
-            if self._writer.rows == self._rows_per_shard:
-                self._close_shard()
-
-    def _close_shard(self) -> None:
-        if self._writer is not None:
-            self._finished.append(self._writer.close())
-            self._writer = None

@@ -48,7 +48,7 @@ def _make_shards(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, en
     source = next(source for source in config.sources if source.name == unit.source)
     builder = UnitBuilder(unit, config, tokenizer, engine)
     tally = Tally()
-    found = documents.read(unit, source, tally)
+    found = documents.read(unit, source, tally, config.max_document_mb << 20)
     if config.deduplicate == "exact":
         found = deduplication.drop_duplicates(found, directory, unit, tally)
     counts = builder.counts

@@ -22,7 +22,10 @@ def all_rows(folder: Path, split: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def test_rows_hold_the_tokenizers_ids_of_each_document_in_order(tmp_path, tokenizer_dir, tokenizer, tales):
-    """Rows, put end to end, are `encode` of each document between BOS and EOS, in the order of the file."""
+    """Rows, put end to end, are `encode` of each document between BOS and EOS, in the order of the file.
+
+    Held-out documents are whole; of the training ones, the last tokens fill no row and are dropped.
+    """
     manifest = prepare(
         config(tmp_path, tokenizer_dir, [write_jsonl(tmp_path / "a.jsonl", tales[:40])], add_bos=True,
                validation_fraction=0.2), progress=False,
@@ -35,15 +38,17 @@ def test_rows_hold_the_tokenizers_ids_of_each_document_in_order(tmp_path, tokeni
         expected = [[1, *tokenizer.encode(text, add_special_tokens=False), 0] for text in texts]
         ids = np.concatenate(expected)
         rows = all_rows(tmp_path / "out", split)
-        np.testing.assert_array_equal(np.concatenate([row for row, _ in rows]), ids[: len(rows) * 64])
-        assert len(ids) - len(rows) * 64 < 64
+        found = np.concatenate([row[: lengths.sum()] for row, lengths in rows])
+        np.testing.assert_array_equal(found, ids[: len(found)])
+        assert len(found) == (len(ids) if split == "validation" else len(ids) // 64 * 64)
         ends = set(np.cumsum([len(document) for document in expected]).tolist())
-        found = np.cumsum(np.concatenate([lengths for _, lengths in rows]))
-        assert {end for end in found.tolist() if end % 64} <= ends
-        assert {end for end in ends if end <= len(rows) * 64} <= set(found.tolist())
+        stored = np.cumsum(np.concatenate([lengths for _, lengths in rows]))
+        assert {end for end in stored.tolist() if end % 64} <= ends
+        assert {end for end in ends if end <= len(found)} <= set(stored.tolist())
         total += len(ids)
     assert source.documents == 40 and source.tokens == total
-    assert source.tokens == source.dropped_tokens + sum(s.tokens for s in source.train + source.validation)
+    in_rows = sum(s.tokens for s in source.train + source.validation)
+    assert source.tokens == source.dropped_tokens + in_rows - source.padding and source.padding < 64
     assert not (tmp_path / "out" / ".work").exists()
 
 
@@ -191,8 +196,7 @@ def test_a_source_without_validation_rows_is_named_in_a_warning(
     assert not source.validation and all(entry.validation for entry in manifest.sources[1:])
     expected = (
         f"source s has {documents} documents ({source.tokens:,} tokens) but gets no validation row: with "
-        f"validation_fraction={fraction:g} too little is held out to fill a row of 64 tokens; use a larger "
-        "validation_fraction, a smaller seq_len or more documents"
+        f"validation_fraction={fraction:g} none of them is held out; use a larger validation_fraction or more documents"
     )
     assert [message for message in caplog.messages if "validation row" in message] == [expected] * 3
     assert main(["inspect", str(tmp_path / "out")]) == 0
