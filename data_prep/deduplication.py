@@ -14,6 +14,7 @@ from common.files import write_atomically
 from . import documents
 from .config import PrepareConfig
 from .inputs.document import Document, Tally, digest
+from .tokenizing import TokenizerSpec
 from .work_list import Unit
 
 BUCKETS = 64  # hashes are compared a bucket at a time, so that few are in memory
@@ -27,10 +28,9 @@ def _kept_path(directory: Path, unit: Unit) -> Path:
     return directory / ".work" / f"{unit.source}-{unit.index:05d}.keep.npy"
 
 
-def write_hashes(unit: Unit, config: PrepareConfig) -> None:
+def write_hashes(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec) -> None:
     """Write the 128-bit hashes of the unit's documents, in order: (documents, 2) uint64."""
-    source = next(source for source in config.sources if source.name == unit.source)
-    found = documents.read(unit, source, Tally(), config.max_document_mb << 20)
+    found = documents.of_unit(unit, config, tokenizer, Tally())
     digests = b"".join(digest(document) for document in found)
     hashes = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
     write_atomically(hashes_path(Path(config.output_dir), unit), _npy(hashes))

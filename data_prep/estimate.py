@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from . import documents, work_list
 from .config import PrepareConfig, SourceConfig
-from .inputs.document import Tally
+from .inputs.document import LongText, Tally, text_of
 from .inputs.kinds import is_compressed, kind
-from .job import load_job, select_engine
+from .job import Job, load_job, select_engine
 from .pool import worker_count
 from .tokenizing import Engine
 from .work_list import Unit
@@ -25,7 +25,7 @@ def estimate(config: PrepareConfig) -> str:
     total_seconds = 0.0
     for source, listed in zip(config.sources, job.work.sources):
         units = listed.units
-        tokens, seconds = _estimate_source(config, source, units, engine)
+        tokens, seconds = _estimate_source(job, source, units, engine)
         total_tokens += tokens
         total_seconds += seconds
         files = len(listed.files())
@@ -45,19 +45,18 @@ def estimate(config: PrepareConfig) -> str:
     return "\n".join(lines)
 
 
-def _estimate_source(
-    config: PrepareConfig, source: SourceConfig, units: list[Unit], engine: Engine
-) -> tuple[float, float]:
+def _estimate_source(job: Job, source: SourceConfig, units: list[Unit], engine: Engine) -> tuple[float, float]:
     """(tokens, seconds of one process) of a source: the beginning of its first unit is read, and less tokenized."""
+    config = job.config
     sample = _beginning(units[0])
     began = time.perf_counter()
     texts = []
     text_bytes = 0  # of the sample
     sampled_bytes = 0
-    for document in documents.read(sample, source, Tally(), config.max_document_mb << 20):
-        text = document if isinstance(document, str) else next(document.blocks())
+    for document in documents.of_unit(sample, config, job.tokenizer, Tally()):
+        text = text_of(document)
         size = len(text.encode("utf-8", "replace"))
-        text_bytes += size if isinstance(document, str) else document.utf8_bytes
+        text_bytes += document.utf8_bytes if isinstance(document, LongText) else size
         if sampled_bytes < ESTIMATE_BYTES:
             texts.append(text)
             sampled_bytes += size

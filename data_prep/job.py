@@ -20,7 +20,7 @@ from common.log import log
 from . import documents, shards, tokenizing, work_list
 from .config import PrepareConfig, SourceConfig, check_prepare
 from .inputs import filters
-from .inputs.document import Tally
+from .inputs.document import Tally, text_of
 from .inputs.listing import list_files
 from .tokenizing import Engine, TokenizerSpec
 from .work_list import SourceList, Unit, WorkList
@@ -279,11 +279,11 @@ def lock(directory: Path, task: int, num_tasks: int) -> Iterator[None]:
 
 def select_engine(job: Job) -> tuple[Engine, str]:
     """(engine, the reason in one line), after a comparison on the first documents."""
-    unit = job.units[0]
-    source = next(source for source in job.config.sources if source.name == unit.source)
-    limit = job.config.max_document_mb << 20
-    found = islice(documents.read(unit, source, Tally(), limit), SAMPLE_DOCUMENTS)
-    texts = [text if isinstance(text, str) else next(text.blocks()) for text in found]
+    unit = next((unit for unit in job.units if not documents.has_ids(unit, job.config)), None)
+    if unit is None:
+        return tokenizing.Reference(job.tokenizer), "not needed: all sources have token ids"
+    found = islice(documents.of_unit(unit, job.config, job.tokenizer, Tally()), SAMPLE_DOCUMENTS)
+    texts = [text_of(document) for document in found]
     return tokenizing.select_engine(job.tokenizer, job.config.engine, [text[:SAMPLE_CHARACTERS] for text in texts])
 
 

@@ -80,7 +80,13 @@ def _deduplicate(job: Job, num_tasks: int, progress: bool) -> None:
         )
     todo = [unit for unit in job.units if not deduplication.hashes_path(job.directory, unit).exists()]
     workers = worker_count(job.config.num_workers, len(todo))
-    run_units(todo, lambda unit: (deduplication.write_hashes, unit, job.config), workers, "hash documents", progress)
+    run_units(
+        todo,
+        lambda unit: (deduplication.write_hashes, unit, job.config, job.tokenizer),
+        workers,
+        "hash documents",
+        progress,
+    )
     dropped = deduplication.select_kept(job.units, job.directory)
     for unit in job.units:
         deduplication.hashes_path(job.directory, unit).unlink()

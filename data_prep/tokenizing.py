@@ -199,11 +199,11 @@ def _missing_bytes(state: dict) -> dict[int, str]:
         return {}
     never = {0xC0, 0xC1, *range(0xF5, 0x100)}  # occur in no UTF-8 text; gigatoken requires them all the same
     vocabulary = state["model"]["vocab"]
-    missing = {byte: character for byte, character in _byte_characters().items() if character not in vocabulary}
+    missing = {byte: character for byte, character in byte_characters().items() if character not in vocabulary}
     return {byte: missing[byte] for byte in sorted(missing, key=lambda byte: (byte in never, byte))}
 
 
-def _byte_characters() -> dict[int, str]:
+def byte_characters() -> dict[int, str]:
     """GPT-2's printable character of each byte: itself where printable, else the next one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import shards, tokenizing
 from .config import PrepareConfig
-from .inputs.document import Document, LongText, digest
+from .inputs.document import Document, LongText, TokenizedText, digest, text_of
 from .packing import padding_id
 from .tokenizing import Engine, TokenizerSpec
 from .work_list import Unit
@@ -52,12 +52,13 @@ def is_validation(document: Document, fraction: float) -> bool:
     return hash_of(document) < fraction * 2**64
 
 
-def batches(found: Iterator[Document]) -> Iterator[list[str] | Document]:
-    """Lists of documents that have about BATCH_CHARACTERS together; a long document comes alone."""
+def batches(found: Iterator[Document]) -> Iterator[list[Any] | Document]:
+    """Lists of documents that have about BATCH_CHARACTERS together; a long text comes alone."""
     batch: list[Any] = []
     size = 0
     for document in found:
-        alone = isinstance(document, LongText) or len(document) > LONG_CHARACTERS
+        is_long = isinstance(document, str) and len(document) > LONG_CHARACTERS
+        alone = isinstance(document, LongText) or is_long
         if not alone:
             batch.append(document)
             size += len(document)
@@ -95,26 +96,40 @@ class UnitBuilder:
         hashes = np.array([hash_of(text) for text in texts], dtype=np.uint64)
         if self.must_check:
             self._check(texts, ids, lengths, hashes)
+        self._pack(ids, lengths, hashes)
+        self._count(len(texts), sum(map(len, texts)), sum(map(_utf8_size, texts)))
+
+    def add_tokens(self, documents: list[TokenizedText]) -> None:
+        """Add documents whose ids are known."""
+        ids = np.concatenate([document.ids for document in documents])
+        lengths = np.array([len(document.ids) for document in documents], dtype=np.int64)
+        self._pack(ids, lengths, np.array([hash_of(document) for document in documents], dtype=np.uint64))
+        texts = [document.text for document in documents]
+        self._count(len(texts), sum(map(len, texts)), sum(map(_utf8_size, texts)))
+
+    def _pack(self, ids: np.ndarray, lengths: np.ndarray, hashes: np.ndarray) -> None:
+        """Add documents, their ids end to end, to the rows of their splits."""
         self.counts["no tokens"] += int((lengths == 0).sum())
         ids, lengths = _add_bos_and_eos(ids, lengths, self.bos, self.eos)
         if self.validation_fraction:
             held_out = hashes < self.validation_fraction * 2**64
         else:
-            held_out = np.zeros(len(texts), dtype=bool)
+            held_out = np.zeros(len(hashes), dtype=bool)
         in_validation = np.repeat(held_out, lengths)  # of each token
         self.splits["train"].add(ids[~in_validation], lengths[~held_out & (lengths > 0)])
         if held_out.any():
             self.splits["validation"].add(ids[in_validation], lengths[held_out & (lengths > 0)])
-        self._count(len(texts), sum(map(len, texts)), sum(map(_utf8_size, texts)), len(ids))
+        self.counts["tokens"] += len(ids)
 
     def add_long(self, document: Document) -> None:
-        """Add one document in parts, so that neither its text nor its ids are in memory as a whole."""
+        """Add one text in parts, so that neither its text nor its ids are in memory as a whole."""
         split = self.splits["validation" if is_validation(document, self.validation_fraction) else "train"]
         is_on_disk = isinstance(document, LongText)
-        blocks = document.blocks() if is_on_disk else _slices(document)
+        blocks = document.blocks() if is_on_disk else _slices(text_of(document))
         tokens = split.add_long(self._encode_parts(blocks))
         self.counts["no tokens"] += tokens == 0
-        self._count(1, len(document), document.utf8_bytes if is_on_disk else _utf8_size(document), tokens)
+        self.counts["tokens"] += tokens
+        self._count(1, len(document), document.utf8_bytes if is_on_disk else _utf8_size(text_of(document)))
 
     def _encode_parts(self, blocks: Iterator[str]) -> Iterator[np.ndarray]:
         """The ids of one document, BOS and EOS included, a part at a time; nothing for a document without tokens."""
@@ -130,8 +145,8 @@ class UnitBuilder:
         if has_tokens:
             yield np.array(self.eos, dtype=np.int64)
 
-    def _count(self, documents: int, characters: int, size: int, tokens: int) -> None:
-        self.counts.update(documents=documents, characters=characters, bytes=size, tokens=tokens)
+    def _count(self, documents: int, characters: int, size: int) -> None:
+        self.counts.update(documents=documents, characters=characters, bytes=size)
 
     def _check(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray, hashes: np.ndarray) -> None:
         """Compare a sample of the batch, chosen by hash, with the reference. Raises EngineMismatch."""

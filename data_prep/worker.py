@@ -13,7 +13,7 @@ from common.files import write_atomically
 
 from . import deduplication, documents, tokenizing
 from .config import PrepareConfig
-from .inputs.document import Tally
+from .inputs.document import Tally, TokenizedText
 from .tokenizing import Engine, TokenizerSpec
 from .unit_builder import EngineMismatch, UnitBuilder, batches, engine_of
 from .work_list import Unit
@@ -45,19 +45,20 @@ def process_unit(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, en
 def _make_shards(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, engine: Engine) -> dict:
     """Write the unit's shards; returns its record."""
     directory = Path(config.output_dir)
-    source = next(source for source in config.sources if source.name == unit.source)
     builder = UnitBuilder(unit, config, tokenizer, engine)
     tally = Tally()
-    found = documents.read(unit, source, tally, config.max_document_mb << 20)
+    found = documents.of_unit(unit, config, tokenizer, tally)
     if config.deduplicate == "exact":
         found = deduplication.drop_duplicates(found, directory, unit, tally)
     counts = builder.counts
     try:
         for batch in batches(found):
-            if isinstance(batch, list):
-                builder.add_batch(batch)
-            else:
+            if not isinstance(batch, list):
                 builder.add_long(batch)
+            elif isinstance(batch[0], TokenizedText):
+                builder.add_tokens(batch)
+            else:
+                builder.add_batch(batch)
         if counts["documents"] + tally.bad.total() >= MIN_DOCUMENTS_TO_REJECT:
             check_reject_rate(tally.bad, counts["documents"], config.max_bad_fraction, unit.source)
         written = {name: [asdict(shard) for shard in split.finish()] for name, split in builder.splits.items()}
@@ -74,7 +75,7 @@ def _make_shards(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, en
         "damaged": tally.damaged,
         "remainder": sum(split.packer.pending_tokens for split in builder.splits.values()),  # dropped
         "padding": sum(split.padding for split in builder.splits.values()),
-        "engine": f"{engine.name} {engine.version}",
+        "engine": "imported" if documents.has_ids(unit, config) else f"{engine.name} {engine.version}",
         **written,
     }
 

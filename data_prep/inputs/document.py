@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from .files import open_decompressed
 
 BLOCK_BYTES = 1 << 22  # of a long text file that are in memory at once
@@ -33,13 +35,33 @@ class LongText:
                 yield decode(content)
 
 
-Document = str | LongText
+@dataclass(frozen=True)
+class TokenizedText:
+    """A document whose ids are known; its text decides its split and is what is counted."""
+
+    ids: np.ndarray  # (tokens,) int64, without BOS and EOS
+    text: str
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+Document = str | LongText | TokenizedText
+
+
+def text_of(document: Document) -> str:
+    """The document's text, of a long one the beginning."""
+    if isinstance(document, str):
+        return document
+    return document.text if isinstance(document, TokenizedText) else next(document.blocks())
 
 
 def digest(document: Document) -> bytes:
     """16 bytes that stand for a document's text: they decide its split and find its duplicates."""
     if isinstance(document, LongText):
         return document.digest
+    if isinstance(document, TokenizedText):
+        return digest(document.text)
     return hashlib.blake2b(document.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

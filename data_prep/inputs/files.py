@@ -116,13 +116,13 @@ def open_decompressed(path: str) -> BinaryIO:
     """
     suffix = os.path.splitext(path)[1].lower()
     file = open_file(path)
-    if suffix not in (".gz", ".zst", ".bz2", ".xz"):
+    if suffix not in (".gz", ".zst", ".zstd", ".bz2", ".xz"):
         return file
     if not file.peek(1):
         raise EOFError("it is empty, without the header of a compressed file")
     if suffix == ".gz":
         return cast(BinaryIO, gzip.open(file, "rb"))
-    frames = {".zst": _ZstdFrame, ".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}
+    frames = {".zst": _ZstdFrame, ".zstd": _ZstdFrame, ".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}
     return io.BufferedReader(_Frames(file, frames[suffix]), BUFFER_BYTES)
 
 

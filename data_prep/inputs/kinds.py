@@ -22,6 +22,7 @@ KINDS = {
     ".ds": "datatrove",
     ".mds": "mds",
 }
+OF_MDS = (".zstd", ".gz")
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # of text kinds
 PACKED = (*COMPRESSED, ".zstd", ".gzip", ".zip", ".br", ".lz4", ".snappy")  # what hides another suffix
 SAVED_DATASET = ("dataset_info.json", "state.json")  # what a saved Hugging Face dataset holds beside its data
@@ -111,14 +112,14 @@ def shorten(ignored: Counter) -> dict[str, int]:
 def _split(path: str) -> tuple[str, str]:
     """The file's name in lower case without, and the suffix of, its compression."""
     base = posixpath.basename(path).lower()
-    if base.endswith(".mds.zstd"):
+    if base.endswith(".mds.zstd"):  # .zstd is MosaicML's suffix alone
         return base.removesuffix(".zstd"), ".zstd"
     found = next((suffix for suffix in COMPRESSED if base.endswith(suffix)), "")
     return base.removesuffix(found), found
 
 
 def _may_be_compressed(found: str, suffix: str) -> bool:
-    return found in ("jsonl", "txt") or (found == "mds" and suffix == ".zstd")
+    return found in ("jsonl", "txt") or (found == "mds" and suffix in OF_MDS)
 
 
 def _known(name: str) -> str | None:
@@ -136,8 +137,9 @@ def _belongs_to_another(name: str, present: set[str], arrow_folders: set[str], m
         return folder in mds_folders
     if base.endswith(".idx"):
         return name[:-4] + ".bin" in present or name[:-4] + ".BIN" in present
-    if base.endswith(".mds.zstd"):  # the same rows as the decompressed file beside it
-        return name.removesuffix(".zstd") in present
+    plain, compressed = posixpath.splitext(name)
+    if compressed in OF_MDS and plain.endswith(".mds"):  # the same rows as the decompressed file beside it
+        return plain in present
     stem = next((name.removesuffix(s) for s in (".index", ".metadata", ".loss") if name.endswith(s)), "")
     return stem.lower().endswith(".ds") and stem in present
 
