@@ -72,9 +72,16 @@ def batches(found: Iterator[Document]) -> Iterator[list[str] | Document]:
 
 
 class UnitBuilder:
-    """Turns the documents of one unit into the rows of its two splits, and counts them."""
+    """Turns the documents of one unit into the rows of its two splits, and counts them.
 
-    def __init__(self, unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, engine: Engine):
+    A document that does not fit `max_tokens` (0: no limit) is left out with all that follow: then `is_full` is true.
+    """
+
+    def __init__(
+        self, unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, engine: Engine, max_tokens: int = 0
+    ):
+        self.max_tokens = max_tokens
+        self.is_full = False
         self.engine = engine
         self.tokenizer = tokenizer
         self.reference = engine_of(tokenizing.Reference.name, tokenizer)
@@ -95,8 +102,12 @@ class UnitBuilder:
         hashes = np.array([hash_of(text) for text in texts], dtype=np.uint64)
         if self.must_check:
             self._check(texts, ids, lengths, hashes)
-        self.counts["no tokens"] += int((lengths == 0).sum())
         ids, lengths = _add_bos_and_eos(ids, lengths, self.bos, self.eos)
+        if self.max_tokens:
+            count = self._that_fit(lengths)
+            texts, hashes, lengths = texts[:count], hashes[:count], lengths[:count]
+            ids = ids[: lengths.sum()]
+        self.counts["no tokens"] += int((lengths == 0).sum())
         if self.validation_fraction:
             held_out = hashes < self.validation_fraction * 2**64
         else:
@@ -110,11 +121,16 @@ class UnitBuilder:
     def add_long(self, document: Document) -> None:
         """Add one document in parts, so that neither its text nor its ids are in memory as a whole."""
         split = self.splits["validation" if is_validation(document, self.validation_fraction) else "train"]
-        is_on_disk = isinstance(document, LongText)
-        blocks = document.blocks() if is_on_disk else _slices(document)
-        tokens = split.add_long(self._encode_parts(blocks))
+
+        def parts() -> Iterator[np.ndarray]:
+            return self._encode_parts(document.blocks() if isinstance(document, LongText) else _slices(document))
+
+        if self.max_tokens and not self._that_fit(np.array([sum(map(len, parts()))])):
+            return
+        tokens = split.add_long(parts())
         self.counts["no tokens"] += tokens == 0
-        self._count(1, len(document), document.utf8_bytes if is_on_disk else _utf8_size(document), tokens)
+        size = document.utf8_bytes if isinstance(document, LongText) else _utf8_size(document)
+        self._count(1, len(document), size, tokens)
 
     def _encode_parts(self, blocks: Iterator[str]) -> Iterator[np.ndarray]:
         """The ids of one document, BOS and EOS included, a part at a time; nothing for a document without tokens."""
@@ -129,6 +145,13 @@ class UnitBuilder:
             yield ids.astype(np.int64)
         if has_tokens:
             yield np.array(self.eos, dtype=np.int64)
+
+    def _that_fit(self, lengths: np.ndarray) -> int:
+        """How many of the next documents, which have so many tokens, max_tokens leaves room for."""
+        ends = self.counts["tokens"] + np.cumsum(lengths)
+        count = int(np.searchsorted(ends, self.max_tokens, side="right"))
+        self.is_full = count < len(lengths)
+        return count
 
     def _count(self, documents: int, characters: int, size: int, tokens: int) -> None:
         self.counts.update(documents=documents, characters=characters, bytes=size, tokens=tokens)
