@@ -3,6 +3,7 @@
     python -m data_prep prepare data_prep/configs/demo.yaml --dry_run      # files, tokens, time; writes nothing
     python -m data_prep prepare data_prep/configs/demo.yaml num_workers=8  # run again to continue
     python -m data_prep verify data/demo                                   # every checksum and every row
+    python -m data_prep repair data_prep/configs/demo.yaml                 # makes damaged or missing shards again
     python -m data_prep rechunk data/demo --seq_len 4096 --output_dir data/demo_4096  # rows of another length
     python -m data_prep inspect data/demo                                  # counts, lengths, a decoded row
 
@@ -49,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--num_tasks", type=int, default=1, help="number of shares; `merge` is needed after them")
     merge = verbs.add_parser("merge", help="write the manifest when all tasks are done")
     deduplicate = verbs.add_parser("deduplicate", help="find the duplicates, before the tasks, if the config asks so")
-    for verb, run in ((prepare, _prepare), (merge, _merge), (deduplicate, _deduplicate)):
+    repair = verbs.add_parser("repair", help="make shards again that are missing or damaged, from the same inputs")
+    for verb, run in ((prepare, _prepare), (merge, _merge), (deduplicate, _deduplicate), (repair, _repair)):
         verb.add_argument("config", help="YAML with sources, tokenizer, seq_len, output_dir")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="such as num_workers=8")
         verb.set_defaults(run=run)
@@ -112,6 +114,13 @@ def _deduplicate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _repair(args: argparse.Namespace) -> int:
+    from .repair import repair
+
+    print(repair(_config(args)))
+    return 0
+
+
 def _print_summary(directory: str, manifest: shards.Manifest) -> None:
     tokenizer = manifest.tokenizer
     print(f"{directory}: rows of {manifest.seq_len} tokens ({manifest.dtype}, {manifest.packing})")
@@ -130,6 +139,10 @@ def _print_summary(directory: str, manifest: shards.Manifest) -> None:
                 print(f"    {count:,} {title}: {reason}")
         for name in source.damaged:
             print(f"    damaged: {name}")
+        for suffix, count in source.ignored.items():
+            print(f"    {count:,} files left out, as no documents: {suffix}")
+        if source.not_read_bytes:
+            print(f"    {source.not_read_bytes / 1e6:,.1f} MB of files not used, beyond max_tokens")
 
 
 def _verify(args: argparse.Namespace) -> int:

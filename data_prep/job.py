@@ -1,6 +1,6 @@
 """What all verbs begin with: a checked configuration, its tokenizer, its units and the folder they are made in.
 
-In: a PrepareConfig. Out: a `Job`; its folder is locked, and holds what other settings made nowhere.
+In: a PrepareConfig. Out: a `Job`, whose folder holds nothing that other settings made.
 """
 
 import fcntl
@@ -22,6 +22,8 @@ from .config import PrepareConfig, SourceConfig, check_prepare
 from .inputs import filters
 from .inputs.document import Tally, text_of
 from .inputs.listing import list_files
+from .locks import flock
+from .retrying import with_retries
 from .tokenizing import Engine, TokenizerSpec
 from .work_list import SourceList, Unit, WorkList
 
@@ -132,7 +134,9 @@ def _source_settings(source: SourceConfig) -> dict[str, Any]:
     return json.loads(json.dumps(found))  # as it is when it was saved: tuples are lists
 
 
-def _difference(config: PrepareConfig, tokenizer: TokenizerSpec, work: WorkList, adding: bool = False) -> str | None:
+def settings_difference(
+    config: PrepareConfig, tokenizer: TokenizerSpec, work: WorkList, adding: bool = False
+) -> str | None:
     """The first setting in which a configuration differs from that of a work list; `adding` allows more sources."""
     pairs = [("", work.settings, _settings(config, tokenizer))]
     then = {source.name: source for source in work.sources}
@@ -166,7 +170,7 @@ def _saved_work_list(config: PrepareConfig, tokenizer: TokenizerSpec) -> WorkLis
                 work.save(path)
                 return work
     work = work_list.load(path)
-    difference = _difference(config, tokenizer, work)
+    difference = settings_difference(config, tokenizer, work)
     if not difference and [source.paths for source in work.sources] != [list(s.paths) for s in config.sources]:
         moved = make_work_list(config, tokenizer)  # the same files may have come to another folder
         if moved.corpus_hash() != work.corpus_hash():
@@ -187,10 +191,10 @@ def _work_list_lock(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log.info("another task lists the files; waiting for its list")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -222,7 +226,7 @@ def change(job: Job, adding: bool = False) -> str | None:
 
     With `adding`, more sources and more files are no difference.
     """
-    difference = _difference(job.config, job.tokenizer, job.work, adding)
+    difference = settings_difference(job.config, job.tokenizer, job.work, adding)
     if difference:
         return difference + (APPEND if difference.endswith("is new") else "")
     then = {source.name: source.files() for source in job.work.sources}
@@ -262,29 +266,18 @@ def _difference_of_early(job: Job, manifest: shards.Manifest) -> str | None:
     return None
 
 
-@contextmanager
-def lock(directory: Path, task: int, num_tasks: int) -> Iterator[None]:
-    """Keep two processes from writing the same units: tasks share the folder, but no task runs twice at a time."""
-    work = directory / ".work"
-    work.mkdir(parents=True, exist_ok=True)
-    mode = fcntl.LOCK_SH if num_tasks > 1 else fcntl.LOCK_EX
-    with open(work / "lock", "w") as whole, open(work / f"lock-{task}-of-{num_tasks}", "w") as part:
-        try:
-            fcntl.flock(whole, mode | fcntl.LOCK_NB)
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is preparing {directory}; wait for it, or stop it") from None
-        yield
-
-
 def select_engine(job: Job) -> tuple[Engine, str]:
     """(engine, the reason in one line), after a comparison on the first documents."""
     unit = next((unit for unit in job.units if not documents.has_ids(unit, job.config)), None)
     if unit is None:
         return tokenizing.Reference(job.tokenizer), "not needed: all sources have token ids"
-    found = islice(documents.of_unit(unit, job.config, job.tokenizer, Tally()), SAMPLE_DOCUMENTS)
-    texts = [text_of(document) for document in found]
-    return tokenizing.select_engine(job.tokenizer, job.config.engine, [text[:SAMPLE_CHARACTERS] for text in texts])
+
+    def sample() -> list[str]:
+        found = islice(documents.of_unit(unit, job.config, job.tokenizer, Tally()), SAMPLE_DOCUMENTS)
+        return [text_of(document)[:SAMPLE_CHARACTERS] for document in found]
+
+    texts = with_retries(sample, job.config.read_retries, "reading the first documents")
+    return tokenizing.select_engine(job.tokenizer, job.config.engine, texts)
 
 
 def warn_without_validation(config: PrepareConfig, manifest: shards.Manifest) -> None:

@@ -7,7 +7,6 @@ are put together again from the rows and packed anew. The same command continues
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -20,7 +19,7 @@ from common.files import write_atomically
 from common.log import log
 
 from . import shards, verify
-from .job import lock
+from .locks import lock
 from .packing import padding_id
 from .pool import run_units, worker_count
 from .reading import map_file
@@ -170,7 +169,6 @@ def _finish(old: shards.Manifest, corpus_hash: str, folder: Path, units: list[Un
     )
     remove_unfinished(folder)
     manifest.save(folder)
-    shutil.rmtree(folder / ".work")
     already = sum(entry.dropped_tokens for entry in old.sources)
     dropped = sum(entry.dropped_tokens for entry in manifest.sources)
     log.info(

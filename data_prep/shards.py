@@ -62,6 +62,7 @@ class Part:
     corpus_hash: str = field(metadata={"json": "recipe"})  # of the settings and inputs that decide its bytes
     inputs: str  # the file with its work list, relative to the corpus folder
     units: dict[str, int]  # of each of its sources
+    cut: dict[str, list[int]] = field(default_factory=dict)  # of sources that max_tokens ended: last unit, its tokens
 
 
 @dataclass

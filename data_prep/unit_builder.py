@@ -73,9 +73,16 @@ def batches(found: Iterator[Document]) -> Iterator[list[Any] | Document]:
 
 
 class UnitBuilder:
-    """Turns the documents of one unit into the rows of its two splits, and counts them."""
+    """Turns the documents of one unit into the rows of its two splits, and counts them.
 
-    def __init__(self, unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, engine: Engine):
+    A document that does not fit `max_tokens` (0: no limit) is left out with all that follow: then `is_full` is true.
+    """
+
+    def __init__(
+        self, unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, engine: Engine, max_tokens: int = 0
+    ):
+        self.max_tokens = max_tokens
+        self.is_full = False
         self.engine = engine
         self.tokenizer = tokenizer
         self.reference = engine_of(tokenizing.Reference.name, tokenizer)
@@ -96,21 +103,25 @@ class UnitBuilder:
         hashes = np.array([hash_of(text) for text in texts], dtype=np.uint64)
         if self.must_check:
             self._check(texts, ids, lengths, hashes)
-        self._pack(ids, lengths, hashes)
+        texts = texts[: self._pack(ids, lengths, hashes)]
         self._count(len(texts), sum(map(len, texts)), sum(map(_utf8_size, texts)))
 
     def add_tokens(self, documents: list[TokenizedText]) -> None:
         """Add documents whose ids are known."""
         ids = np.concatenate([document.ids for document in documents])
         lengths = np.array([len(document.ids) for document in documents], dtype=np.int64)
-        self._pack(ids, lengths, np.array([hash_of(document) for document in documents], dtype=np.uint64))
-        texts = [document.text for document in documents]
+        count = self._pack(ids, lengths, np.array([hash_of(document) for document in documents], dtype=np.uint64))
+        texts = [document.text for document in documents[:count]]
         self._count(len(texts), sum(map(len, texts)), sum(map(_utf8_size, texts)))
 
-    def _pack(self, ids: np.ndarray, lengths: np.ndarray, hashes: np.ndarray) -> None:
-        """Add documents, their ids end to end, to the rows of their splits."""
-        self.counts["no tokens"] += int((lengths == 0).sum())
+    def _pack(self, ids: np.ndarray, lengths: np.ndarray, hashes: np.ndarray) -> int:
+        """Add documents, their ids end to end, to the rows of their splits; returns how many max_tokens leaves in."""
         ids, lengths = _add_bos_and_eos(ids, lengths, self.bos, self.eos)
+        if self.max_tokens:
+            count = self._that_fit(lengths)
+            hashes, lengths = hashes[:count], lengths[:count]
+            ids = ids[: lengths.sum()]
+        self.counts["no tokens"] += int((lengths == 0).sum())
         if self.validation_fraction:
             held_out = hashes < self.validation_fraction * 2**64
         else:
@@ -120,16 +131,23 @@ class UnitBuilder:
         if held_out.any():
             self.splits["validation"].add(ids[in_validation], lengths[held_out & (lengths > 0)])
         self.counts["tokens"] += len(ids)
+        return len(lengths)
 
     def add_long(self, document: Document) -> None:
         """Add one text in parts, so that neither its text nor its ids are in memory as a whole."""
         split = self.splits["validation" if is_validation(document, self.validation_fraction) else "train"]
-        is_on_disk = isinstance(document, LongText)
-        blocks = document.blocks() if is_on_disk else _slices(text_of(document))
-        tokens = split.add_long(self._encode_parts(blocks))
+
+        def parts() -> Iterator[np.ndarray]:
+            blocks = document.blocks() if isinstance(document, LongText) else _slices(text_of(document))
+            return self._encode_parts(blocks)
+
+        if self.max_tokens and not self._that_fit(np.array([sum(map(len, parts()))])):
+            return
+        tokens = split.add_long(parts())
         self.counts["no tokens"] += tokens == 0
         self.counts["tokens"] += tokens
-        self._count(1, len(document), document.utf8_bytes if is_on_disk else _utf8_size(text_of(document)))
+        size = document.utf8_bytes if isinstance(document, LongText) else _utf8_size(text_of(document))
+        self._count(1, len(document), size)
 
     def _encode_parts(self, blocks: Iterator[str]) -> Iterator[np.ndarray]:
         """The ids of one document, BOS and EOS included, a part at a time; nothing for a document without tokens."""
@@ -144,6 +162,13 @@ class UnitBuilder:
             yield ids.astype(np.int64)
         if has_tokens:
             yield np.array(self.eos, dtype=np.int64)
+
+    def _that_fit(self, lengths: np.ndarray) -> int:
+        """How many of the next documents, which have so many tokens, max_tokens leaves room for."""
+        ends = self.counts["tokens"] + np.cumsum(lengths)
+        count = int(np.searchsorted(ends, self.max_tokens, side="right"))
+        self.is_full = count < len(lengths)
+        return count
 
     def _count(self, documents: int, characters: int, size: int) -> None:
         self.counts.update(documents=documents, characters=characters, bytes=size)

@@ -2,7 +2,6 @@
 
 import hashlib
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +14,7 @@ import pyarrow as pa
 from common.errors import UserError
 from common.files import sha256_of
 
+from .pool import start_worker
 from .reading import map_file
 from .shard_index import index_of, stored_index
 from .shards import BATCH_ROWS, Manifest, Shard, batch_rows, columns, schema, unit_of
@@ -59,7 +59,7 @@ def check(
     manifest = Manifest.load(directory)
     tasks = tasks_of(manifest, task, num_tasks)
     outcomes: dict[str, Outcome] = {}
-    for one, outcome in _run(directory, manifest, tasks, hashes, contents, num_workers):
+    for one, outcome in run(directory, manifest, tasks, hashes, contents, num_workers):
         outcomes[one.shard.file] = outcome
         if progress:
             progress(one.shard)
@@ -98,7 +98,7 @@ def _accounting(manifest: Manifest) -> list[str]:
     return problems
 
 
-def _run(
+def run(
     directory: Path, manifest: Manifest, tasks: list[Task], hashes: bool, contents: bool, num_workers: int
 ) -> Iterator[tuple[Task, Outcome]]:
     """Each task and its outcome, in the order in which they end."""
@@ -109,7 +109,7 @@ def _run(
     context = multiprocessing.get_context("forkserver")  # forking would copy locks that threads may hold
     context.set_forkserver_preload(["data_prep.verify"])
     about = replace(manifest, sources=[], parts=[])  # each task is sent with it
-    with ProcessPoolExecutor(min(num_workers, len(tasks)), context, initializer=_leave_interrupts) as pool:
+    with ProcessPoolExecutor(min(num_workers, len(tasks)), context, initializer=start_worker) as pool:
         futures = {pool.submit(check_shard, directory, about, one, hashes, contents): one for one in tasks}
         try:
             for future in as_completed(futures):
@@ -118,10 +118,6 @@ def _run(
             raise UserError("a worker process was killed (out of memory?); try a smaller num_workers") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _leave_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
 
 def check_shard(directory: Path, manifest: Manifest, task: Task, hashes: bool, contents: bool) -> Outcome:
