@@ -17,7 +17,7 @@ from typing import Any
 from common.errors import UserError
 from common.log import log
 
-from . import documents, shards, tokenizing, work_list
+from . import documents, shards, tokenizing, verify, work_list
 from .config import PrepareConfig, SourceConfig, check_prepare
 from .inputs import filters
 from .inputs.document import Tally
@@ -31,6 +31,7 @@ HASHED = (
     "validation_fraction", "deduplicate", "unit_mb", "shard_mb",
 )  # fmt: skip
 HASHED_OF_SOURCE = ("text_field", "tokens_field", "boundaries", "min_characters", "max_tokens")  # and its filters
+RESTORE = "restore it from a copy: the corpus can be read without it, but neither repaired nor added to"
 APPEND = "; to add to the corpus, use `python -m data_prep append CONFIG`"
 SAMPLE_DOCUMENTS = 200  # of the first unit, on which the fast engine is compared with the reference
 SAMPLE_CHARACTERS = 20_000  # of each of them
@@ -74,7 +75,7 @@ def load_job(config: PrepareConfig, save: bool = True) -> Job:
     if not save:
         work = make_work_list(config, spec)
     elif (directory / "manifest.json").exists():
-        parts = [work_list.load(directory / part.inputs) for part in shards.Manifest.load(directory).parts]
+        parts = [work_list.load(directory / part.inputs, RESTORE) for part in shards.Manifest.load(directory).parts]
         work = work_list.join(parts) if parts else WorkList(_settings(config, spec), [])
     else:
         work = _saved_work_list(config, spec)
@@ -132,7 +133,9 @@ def _source_settings(source: SourceConfig) -> dict[str, Any]:
     return json.loads(json.dumps(found))  # as it is when it was saved: tuples are lists
 
 
-def _difference(config: PrepareConfig, tokenizer: TokenizerSpec, work: WorkList, adding: bool = False) -> str | None:
+def settings_difference(
+    config: PrepareConfig, tokenizer: TokenizerSpec, work: WorkList, adding: bool = False
+) -> str | None:
     """The first setting in which a configuration differs from that of a work list; `adding` allows more sources."""
     pairs = [("", work.settings, _settings(config, tokenizer))]
     then = {source.name: source for source in work.sources}
@@ -166,7 +169,7 @@ def _saved_work_list(config: PrepareConfig, tokenizer: TokenizerSpec) -> WorkLis
                 work.save(path)
                 return work
     work = work_list.load(path)
-    difference = _difference(config, tokenizer, work)
+    difference = settings_difference(config, tokenizer, work)
     if not difference and [source.paths for source in work.sources] != [list(s.paths) for s in config.sources]:
         moved = make_work_list(config, tokenizer)  # the same files may have come to another folder
         if moved.corpus_hash() != work.corpus_hash():
@@ -197,7 +200,8 @@ def _work_list_lock(path: Path) -> Iterator[None]:
 def load_finished(job: Job) -> shards.Manifest | None:
     """The manifest of a corpus that is already made, or None. New mixture weights are written into it.
 
-    Raises UserError for a corpus that was made from other settings or files, naming the first.
+    Raises UserError for a corpus that was made from other settings or files, naming the first, and for one whose shards
+    are missing or cut off.
     """
     if not (job.directory / "manifest.json").exists():
         return None
@@ -208,6 +212,7 @@ def load_finished(job: Job) -> shards.Manifest | None:
             f"{job.directory} holds a corpus made from other settings or files ({difference}); "
             "choose another output_dir, or delete that folder first"
         )
+    verify.check_sizes(job.directory, manifest.sources)
     new = {source.name: (source.weight, source.max_epochs) for source in job.config.sources}
     if new != {entry.name: (entry.weight, entry.max_epochs) for entry in manifest.sources}:  # shards stay as they are
         for entry in manifest.sources:
@@ -222,7 +227,7 @@ def change(job: Job, adding: bool = False) -> str | None:
 
     With `adding`, more sources and more files are no difference.
     """
-    difference = _difference(job.config, job.tokenizer, job.work, adding)
+    difference = settings_difference(job.config, job.tokenizer, job.work, adding)
     if difference:
         return difference + (APPEND if difference.endswith("is new") else "")
     then = {source.name: source.files() for source in job.work.sources}

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.files import write_atomically
 from common.log import log
 
-from . import deduplication, shards, tokenizing, worker
+from . import deduplication, shards, tokenizing, verify, worker
 from .config import PrepareConfig
 from .job import Job, load_finished, load_job, lock, select_engine, warn_without_validation
 from .pool import run_units, worker_count
@@ -113,7 +113,7 @@ def _make_units(job: Job, units: list[Unit], engine: str, progress: bool) -> Non
 def _merge(job: Job) -> shards.Manifest:
     """Write the manifest of all records, in the order of the work list; this finishes the corpus.
 
-    Raises UserError for a source without rows or with too many unusable documents.
+    Raises UserError for a source without rows or with too many unusable documents, and for a missing or short shard.
     """
     config = job.config
     entries = {source.name: shards.SourceEntry(source.name, source.weight) for source in config.sources}
@@ -136,6 +136,7 @@ def _merge(job: Job) -> shards.Manifest:
         problem = entry.token_mismatch()
         if problem:
             raise RuntimeError(problem)
+    verify.check_sizes(job.directory, entries.values())
     about = {
         "name": config.tokenizer,
         "fingerprint": job.tokenizer.fingerprint,
