@@ -9,6 +9,7 @@ removed, and the next `prepare` makes these units.
 import json
 import os
 import shutil
+from collections import defaultdict, deque
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -21,7 +22,7 @@ from common.files import force_to_disk
 from common.log import log
 
 from . import prepare, shards, tokenizing, verify, worker
-from .config import PrepareConfig
+from .config import PrepareConfig, SourceConfig
 from .inputs.listing import InputFile, in_threads, list_files, look_at
 from .job import Job, load_job, lock, settings_difference, work_list_path
 from .pool import run_units, worker_count
@@ -202,7 +203,7 @@ def _make_again(job: Job, manifest: shards.Manifest, units: list[Unit], bad: lis
 def _job_in(temporary: Path, job: Job, units: list[Unit]) -> Job:
     """The job with another folder, and the files of the units that are needed as they are now."""
     needed = job.units if job.config.deduplicate == "exact" else units
-    now = look_again(needed, job.config)
+    now = look_again(needed, job.work, job.config)
     sources = [
         replace(source, units=[now.get((unit.source, unit.index), unit) for unit in source.units])
         for source in job.work.sources
@@ -211,39 +212,56 @@ def _job_in(temporary: Path, job: Job, units: list[Unit]) -> Job:
     return Job(config, job.tokenizer, WorkList(job.work.settings, sources))
 
 
-def look_again(units: list[Unit], config: PrepareConfig) -> dict[tuple[str, int], Unit]:
+def look_again(units: list[Unit], work: WorkList, config: PrepareConfig) -> dict[tuple[str, int], Unit]:
     """The units with their files as they are now, which may have other times and lie in another folder.
 
     Raises UserError for a file that is gone or has another size.
     """
     found: dict[tuple[str, int], Unit] = {}
+    paths_then = {source.name: source.paths for source in work.sources}
     for source in config.sources:
         own = [unit for unit in units if unit.source == source.name]
+        if not own:
+            continue
         files = list(dict.fromkeys(file for unit in own for file in unit.files))
-        now = dict(zip(files, in_threads(_look, files, f"look at the files of {source.name}")))
-        lost = [file for file in files if (there := now[file]) is None or there.size != file.size]
-        if lost:
-            taken = {file.path for file in now.values() if file}
-            others = [file for file in chain(*list_files(source).groups) if file.path not in taken]
-            for file in lost:
-                same = [o for o in others if os.path.basename(o.path) == os.path.basename(file.path)]
-                same = [other for other in same if other.size == file.size]
-                if not same:
-                    there = now[file]
-                    what = f"has {there.size} bytes now, it had {file.size}" if there else "is gone"
-                    raise UserError(
-                        f"{file.path} {what}; repair needs the input files as they were when the corpus was made"
-                    )
-                now[file] = same[0]
-                others.remove(same[0])
-        other_times = sum(there is not None and there.stamp != file.stamp for file, there in now.items())
+        now: dict[InputFile, InputFile | None] = dict.fromkeys(files)
+        if list(source.paths) == paths_then[source.name]:
+            now = dict(zip(files, in_threads(_look, files, f"look at the files of {source.name}")))
+        there = {file: other for file, other in now.items() if other and other.size == file.size}
+        if len(there) < len(files):  # another folder may have them
+            there |= _elsewhere([file for file in files if file not in there], there, now, source)
+        other_times = sum(there[file].stamp != file.stamp for file in files)
         if other_times:
             log.info(
                 "source %s: %d of %d files have other times than when the corpus was made; the checksums of the shards "
                 "tell whether they hold the same", source.name, other_times, len(files),
             )  # fmt: skip
         for unit in own:
-            found[unit.source, unit.index] = replace(unit, files=tuple(now[file] or file for file in unit.files))
+            found[unit.source, unit.index] = replace(unit, files=tuple(there[file] for file in unit.files))
+    return found
+
+
+def _elsewhere(
+    lost: list[InputFile], there: dict[InputFile, InputFile], now: dict[InputFile, InputFile | None],
+    source: SourceConfig,
+) -> dict[InputFile, InputFile]:  # fmt: skip
+    """For each file that is lost, one that the source's paths name and that has its name and size."""
+    taken = {file.path for file in there.values()}
+    others: dict[tuple[str, int], deque[InputFile]] = defaultdict(deque)
+    for file in chain(*list_files(source).groups):
+        if file.path not in taken:
+            others[os.path.basename(file.path), file.size].append(file)
+    found = {}
+    for file in lost:
+        same = others[os.path.basename(file.path), file.size]
+        if not same:
+            other = now[file]
+            what = f"has {other.size} bytes now, it had {file.size}" if other else "is gone"
+            raise UserError(
+                f"{file.path} {what}, and the paths of source {source.name} name no other file of its name and size; "
+                "repair needs the input files as they were when the corpus was made"
+            )
+        found[file] = same.popleft()
     return found
 
 
@@ -267,7 +285,9 @@ def _failure(job: Job, manifest: shards.Manifest, failed: list[Unit]) -> UserErr
     """The error for units that gave other shards than the manifest says."""
     then = {(unit.source, unit.index): unit for unit in job.units}
     first = failed[0]
-    changed = [now.path for now, old in zip(first.files, then[first.source, first.index].files) if now != old]
+    changed = [
+        now.path for now, old in zip(first.files, then[first.source, first.index].files) if now.stamp != old.stamp
+    ]
     files = changed or [file.path for file in first.files]
     named = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
     if changed:

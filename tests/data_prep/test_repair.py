@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, digest, write_jsonl
@@ -13,7 +15,7 @@ from helpers import ROOT, digest, write_jsonl
 from common.config import save_config
 from common.errors import UserError
 from data_prep import repair as repairing
-from data_prep import shards, verify, worker
+from data_prep import shards, tokenizing, verify, work_list, worker
 from data_prep.__main__ import main
 from data_prep.config import PrepareConfig, SourceConfig
 from data_prep.prepare import deduplicate, merge, prepare
@@ -216,7 +218,7 @@ def test_inputs_that_are_gone_or_have_another_size_are_refused(made, tmp_path, h
     shard_paths(config, "train")[0].unlink()
     before = digest(out)
     harm(tmp_path / "a" / "0.jsonl")
-    with pytest.raises(UserError, match=r"a/0\.jsonl (is gone|has \d+ bytes now).*as they were"):
+    with pytest.raises(UserError, match=r"a/0\.jsonl (is gone|has \d+ bytes now),.*as they were"):
         repair(config, progress=False)
     assert digest(out) == before
 
@@ -235,6 +237,74 @@ def test_inputs_with_other_times_or_in_another_folder_will_do(made, tmp_path):
     flip(shard_paths(config)[3])
     repair(config, progress=False)
     assert digest(Path(config.output_dir)) == expected
+
+
+def test_inputs_at_their_old_place(tmp_path, tokenizer_dir, tales):
+    """Written again with the same content, or as another file of the same name elsewhere in the paths."""
+    config = make_config(tmp_path, tokenizer_dir, tales)
+    prepare(config, progress=False)
+    expected = digest(Path(config.output_dir))
+    path = shard_paths(config, "train")[0]
+    file = tmp_path / "a" / "0.jsonl"
+    content = file.read_bytes()
+    os.utime(file, ns=(1, 1))
+    path.unlink()
+    repair(config, progress=False)
+    assert digest(Path(config.output_dir)) == expected
+    path.unlink()
+    file.write_bytes(content + b"\n")
+    with pytest.raises(UserError, match=rf"a/0\.jsonl has {len(content) + 1} bytes now, it had {len(content)},"):
+        repair(config, progress=False)
+    (tmp_path / "a" / "deeper").mkdir()
+    (tmp_path / "a" / "deeper" / "0.jsonl").write_bytes(content)
+    repair(config, progress=False)
+    assert digest(Path(config.output_dir)) == expected
+
+
+def test_a_unit_of_a_later_part_is_found(made, tmp_path):
+    """A corpus that grew has several lists of inputs, through which the units of a source are numbered on."""
+    config = made("concat", tmp_path)
+    out = Path(config.output_dir)
+    whole = work_list.load(out / "inputs" / "000.json")
+    halves = slice(0, 2), slice(2, None)
+    for number, half in enumerate(halves):
+        sources = [replace(source, units=source.units[half]) for source in whole.sources]
+        replace(whole, sources=sources).save(out / "inputs" / f"{number:03d}.json")
+    manifest = shards.Manifest.load(out)
+    manifest.parts = [replace(manifest.parts[0], inputs=f"inputs/{number:03d}.json") for number in (0, 1)]
+    manifest.save(out)
+    expected = digest(out)
+    for path in (shard_paths(config, "train")[0], shard_paths(config, "train")[-1]):
+        path.unlink()
+    repair(config, progress=False)
+    assert digest(out) == expected
+
+
+def test_the_reference_makes_what_the_reference_made(made, tmp_path, monkeypatch):
+    """The manifest names it alone where the fast engine gave other ids."""
+    config = made("concat", tmp_path)
+    out = Path(config.output_dir)
+    manifest = shards.Manifest.load(out)
+    manifest.tokenizer["engine"] = "tokenizers 0.1"
+    manifest.save(out)
+    expected = digest(out)
+    shard_paths(config)[0].unlink()
+    monkeypatch.setattr(tokenizing, "Gigatoken", SimpleNamespace(name="gigatoken"))
+    repair(config, progress=False)
+    assert digest(out) == expected
+
+
+def test_other_shards_from_the_same_inputs_point_to_the_libraries(made, tmp_path):
+    """As when pyarrow writes other bytes than the version that made the corpus."""
+    config = made("concat", tmp_path)
+    out = Path(config.output_dir)
+    manifest = shards.Manifest.load(out)
+    manifest.sources[0].train[0].sha256 = "0" * 64
+    manifest.save(out)
+    before = digest(out)
+    with pytest.raises(UserError, match=r"times are the same.*another version of a library.*restore"):
+        repair(config, progress=False)
+    assert digest(out) == before
 
 
 def test_a_repair_that_fails_in_the_middle_leaves_what_it_has_and_continues(made, tmp_path, monkeypatch):
@@ -337,9 +407,7 @@ def test_a_manifest_that_kept_no_list_of_its_inputs_is_told_apart(made, tmp_path
 
 def test_two_processes_do_not_repair_at_once(made, tmp_path):
     config = made("concat", tmp_path)
-    from data_prep.repair import lock
-
-    with lock(Path(config.output_dir), 0, 1), pytest.raises(UserError, match="another process"):
+    with repairing.lock(Path(config.output_dir), 0, 1), pytest.raises(UserError, match="another process"):
         repair(config, progress=False)
 
 
