@@ -153,10 +153,10 @@ def _make_again(job: Job, manifest: shards.Manifest, units: list[Unit], bad: lis
     """
     temporary = job.directory / FOLDER
     shutil.rmtree(temporary, ignore_errors=True)  # of a repair that was killed
-    bad_files = {task.shard.file for task in bad}
+    bad_files = {one.shard.file for one in bad}
     expected: dict[tuple[str, int], list[shards.Shard]] = {}
-    for task in verify.tasks_of(manifest):  # of a unit: training shards, then validation shards, as in its record
-        expected.setdefault(_unit_of(task), []).append(task.shard)
+    for one in verify.tasks_of(manifest):  # of a unit: training shards, then validation shards, as in its record
+        expected.setdefault(_unit_of(one), []).append(one.shard)
     failed: list[Unit] = []
 
     def finish(unit: Unit, record: dict) -> None:
