@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.files import force_to_disk
 from common.log import log
 
-from . import prepare, shards, tokenizing, verify, worker
+from . import prepare, shards, tokenizing, verify, work_list, worker
 from .config import PrepareConfig, SourceConfig
 from .inputs.listing import InputFile, in_threads, list_files, look_at
 from .job import Job, load_job, lock, settings_difference, work_list_path
@@ -176,7 +176,7 @@ def _make_again(job: Job, manifest: shards.Manifest, units: list[Unit], bad: lis
 
     try:
         (temporary / ".work").mkdir(parents=True)
-        there = _job_in(temporary, job, units)
+        there = _job_in(temporary, job, manifest, units)
         if job.config.deduplicate == "exact":  # which documents these units keep depends on all units
             prepare._deduplicate(there, 1, progress)
         wanted = {(unit.source, unit.index) for unit in units}
@@ -200,13 +200,15 @@ def _make_again(job: Job, manifest: shards.Manifest, units: list[Unit], bad: lis
         )
 
 
-def _job_in(temporary: Path, job: Job, units: list[Unit]) -> Job:
+def _job_in(temporary: Path, job: Job, manifest: shards.Manifest, units: list[Unit]) -> Job:
     """The job with another folder, and the files of the units that are needed as they are now."""
     needed = job.units if job.config.deduplicate == "exact" else units
     now = look_again(needed, job.work, job.config)
-    sources = [
+    parts = [work_list.load(job.directory / part.inputs) for part in manifest.parts]
+    sources = [  # part by part, as they were made: of equal documents, the first stays
         replace(source, units=[now.get((unit.source, unit.index), unit) for unit in source.units])
-        for source in job.work.sources
+        for part in parts
+        for source in part.sources
     ]
     config = replace(job.config, output_dir=str(temporary))
     return Job(config, job.tokenizer, WorkList(job.work.settings, sources))
