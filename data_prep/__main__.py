@@ -205,7 +205,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if not 0 <= args.row < len(rows):
         raise UserError(f"row {args.row} of {name}/{args.split}: expected 0 to {len(rows) - 1}")
     print(_histogram(rows))
-    tokenizer = tokenizing.load_tokenizer(manifest.tokenizer["name"])
+    tokenizer = tokenizing.load_tokenizer(manifest.tokenizer["name"], manifest.tokenizer.get("revision", "main"))
     ids, lengths = rows.row(args.row)
     print(f"{name}/{args.split} row {args.row}: {len(lengths)} documents of {', '.join(map(str, lengths))} tokens")
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -53,6 +53,8 @@ def finish(job: Job, progress: bool) -> shards.Manifest:
             "add_bos": config.add_bos,
             "add_eos": config.add_eos,
             "special_ids": job.tokenizer.special_ids,
+            "separator": job.tokenizer.separator,
+            "revision": config.tokenizer_revision,
             "engine": ", ".join(sorted({one.record["engine"] for one in kept})),
         },
         corpus_hash=job.corpus_hash,
