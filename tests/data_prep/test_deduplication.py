@@ -134,7 +134,7 @@ def test_failed_reads_are_tried_again(tmp_path, tokenizer_dir, monkeypatch):
     def failing(unit, *arguments):
         yield from list(original(unit, *arguments))[:1]
         if len(waited) < 2:
-            raise ReadFailed("the network is away")
+            raise ReadFailed(unit.files[0].path, OSError("the network is away"))
         yield from list(original(unit, *arguments))[1:]
 
     monkeypatch.setattr(retrying, "sleep", waited.append)
@@ -170,6 +170,7 @@ def test_tasks_hash_and_one_more_command_chooses(tmp_path, tokenizer_dir, tales)
     assert found[0] == found[1] and found[0]
 
 
+@pytest.mark.slow
 def test_no_file_stays_open_for_each_unit(tmp_path, tokenizer_dir):
     """1,500 units where a process may have 256 files open."""
     sources = [[[f"text {i % 100}", f"own {i}"] for i in range(1500)]]
