@@ -8,7 +8,10 @@
     python -m data_prep inspect data/demo                                  # counts, lengths, a decoded row
 
 On a cluster (slurm/data_prep.sh does this): each of N tasks makes its share, then one merge writes the manifest.
+For `deduplicate: exact`, tasks hash the documents before, and then one process finds the duplicates.
 
+    python -m data_prep deduplicate CONFIG --task 3 --num_tasks 16
+    python -m data_prep deduplicate CONFIG
     python -m data_prep prepare CONFIG --task 3 --num_tasks 16
     python -m data_prep merge CONFIG
 """

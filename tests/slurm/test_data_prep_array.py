@@ -1,4 +1,4 @@
-"""slurm/data_prep.sh makes the bytes of one process: on a cluster of two nodes, and by an sbatch that runs jobs at once."""
+"""slurm/data_prep.sh makes the bytes of one process: on two nodes, and by an sbatch that runs jobs at once."""
 
 import json
 import os
