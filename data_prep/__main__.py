@@ -8,7 +8,10 @@
     python -m data_prep inspect data/demo                                  # counts, lengths, a decoded row
 
 On a cluster (slurm/data_prep.sh does this): each of N tasks makes its share, then one merge writes the manifest.
+For `deduplicate: exact`, tasks hash the documents before, and then one process finds the duplicates.
 
+    python -m data_prep deduplicate CONFIG --task 3 --num_tasks 16
+    python -m data_prep deduplicate CONFIG
     python -m data_prep prepare CONFIG --task 3 --num_tasks 16
     python -m data_prep merge CONFIG
 """
@@ -50,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--num_tasks", type=int, default=1, help="number of shares; `merge` is needed after them")
     merge = verbs.add_parser("merge", help="write the manifest when all tasks are done")
     deduplicate = verbs.add_parser("deduplicate", help="find the duplicates, before the tasks, if the config asks so")
+    deduplicate.add_argument("--task", type=int, default=0, help="the number of the share of the work to hash, from 0")
+    deduplicate.add_argument(
+        "--num_tasks", type=int, default=1, help="number of shares; once more without it chooses, after them"
+    )
     repair = verbs.add_parser("repair", help="verify, and make the bad shards again from the same inputs")
     repair.add_argument("--dry_run", action="store_true", help="only say what is bad and would be made again")
     for verb, run in ((prepare, _prepare), (merge, _merge), (deduplicate, _deduplicate), (repair, _repair)):
@@ -109,9 +116,15 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _deduplicate(args: argparse.Namespace) -> int:
-    from .prepare import deduplicate
+    from .deduplication import deduplicate
 
-    deduplicate(_config(args))
+    config = _config(args)
+    deduplicate(config, task=args.task, num_tasks=args.num_tasks)
+    if config.deduplicate != "none" and args.num_tasks > 1:
+        log.info(
+            "task %d of %d is hashed; when all are: python -m data_prep deduplicate %s",
+            args.task, args.num_tasks, args.config,
+        )  # fmt: skip
     return 0
 
 

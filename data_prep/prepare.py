@@ -7,14 +7,13 @@ num_tasks-th unit, and `merge` writes the manifest.
 """
 
 from common.errors import UserError
-from common.files import write_atomically
 
-from . import deduplication, merging, shards, work_list
+from . import merging, shards, work_list
 from .config import PrepareConfig
+from .deduplication import find_duplicates
 from .job import Job, load_finished, load_job, work_list_path
 from .locks import Locked, lock
 from .making import engine_of_job, make_units
-from .pool import run_units, worker_count
 
 
 def prepare(config: PrepareConfig, progress: bool = True, task: int = 0, num_tasks: int = 1) -> shards.Manifest | None:
@@ -71,37 +70,3 @@ def remove_leftovers(job: Job, manifest: shards.Manifest) -> None:
                 path.unlink()  # that of an unfinished `append` stays
     except Locked:  # a process is at work
         pass
-
-
-def deduplicate(config: PrepareConfig, progress: bool = True) -> None:
-    """Find the duplicates of `deduplicate: exact`, before the tasks of a cluster; nothing to do for `none`."""
-    if config.deduplicate == "none":
-        return
-    job = load_job(config)
-    if load_finished(job) is None:
-        with lock(job.directory, 0, 1):
-            find_duplicates(job, 1, progress)
-
-
-def find_duplicates(job: Job, num_tasks: int, progress: bool) -> None:
-    """Decide which documents each unit keeps. Raises UserError in one of several tasks where it is not done."""
-    done = job.directory / ".work" / "unique"
-    if done.exists():
-        return
-    if num_tasks > 1:
-        raise UserError(
-            "deduplicate needs all documents: run `python -m data_prep deduplicate CONFIG` before the tasks"
-        )
-    todo = [unit for unit in job.units if not deduplication.hashes_path(job.directory, unit).exists()]
-    workers = worker_count(job.config.num_workers, len(todo))
-    run_units(
-        todo,
-        lambda unit: (deduplication.write_hashes, unit, job.config, job.tokenizer),
-        workers,
-        "hash documents",
-        progress,
-    )
-    dropped = deduplication.select_kept(job.units, job.directory)
-    for unit in job.units:
-        deduplication.hashes_path(job.directory, unit).unlink()
-    write_atomically(done, str(dropped).encode())

@@ -23,11 +23,11 @@ from common.log import log
 
 from . import engines, shards, tokenizing, verify, work_list, worker
 from .config import PrepareConfig, SourceConfig
+from .deduplication import find_duplicates
 from .inputs.listing import InputFile, in_threads, list_files, look_at
 from .job import Job, load_job, settings_difference, work_list_path
 from .locks import lock
 from .pool import run_units, worker_count
-from .prepare import find_duplicates
 from .work_list import Unit, WorkList
 
 FOLDER = ".repair"  # in the corpus folder: units that are being made again

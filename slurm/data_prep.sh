@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Documents to shards on many nodes:  TASKS=64 sbatch slurm/data_prep.sh CONFIG.yaml [key=value ...]
 #
-# This job finds duplicates if the configuration asks for it. Then it submits an array of TASKS jobs, each of
-# which makes its share of the work, and a last job that writes the manifest when all of them have succeeded.
-# A share that is killed or requeued continues where it stopped. To make what is missing, submit the same line
-# again. Options for each share, such as memory or a partition:  SHARE_OPTIONS="--mem=64G --partition=cpu"
+# This job submits an array of TASKS jobs, each of which makes its share of the work, and a job that writes the manifest
+# when all of them have succeeded. With `deduplicate: exact` there are two more before them: an array that hashes the
+# documents, and one job that finds the duplicates. VERIFY=DIR adds an array after them that checks every shard of the
+# corpus DIR, its output_dir. A job that is killed or requeued continues where it stopped. To make what is missing,
+# submit the same line again. CPUS=8 is for each of these jobs; other options for each share, such as memory or a
+# partition:  SHARE_OPTIONS="--mem=64G --partition=cpu"
 #SBATCH --job-name=data_prep
 #SBATCH --output=slurm-%x-%A_%a.out
 #SBATCH --nodes=1
@@ -13,22 +15,69 @@
 #SBATCH --requeue
 source slurm/preamble.sh
 
+tasks="${TASKS:-16}"
+share=("${SLURM_CPUS_PER_TASK:-1}" "${SLURM_ARRAY_TASK_ID:-0}" "${SLURM_ARRAY_TASK_COUNT:-1}")
+
+# submit STAGE AFTER [option ...] -- argument ...: a job that begins when job AFTER ("": none) has succeeded
+submit() {
+    local stage=$1 after=$2 options=() job
+    shift 2
+    while [[ "$1" != -- ]]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    [[ -z "${after}" ]] || options+=(--dependency="afterok:${after}" --kill-on-invalid-dep=yes)
+    job=$(STAGE="${stage}" sbatch --parsable ${options[@]+"${options[@]}"} slurm/data_prep.sh "$@")
+    echo "${job%%;*}" # a federation's cluster comes after it
+}
+
+# asks_exact CONFIG [key=value ...]: whether duplicates are to be found
+asks_exact() {
+    python - "$@" <<'END'
+import sys
+
+from common.config import load_config
+from data_prep.config import PrepareConfig
+
+config = load_config(PrepareConfig, sys.argv[1], sys.argv[2:], interpolate=False)
+sys.exit(config.deduplicate != "exact")
+END
+}
+
 case "${STAGE:-submit}" in
 submit)
     python -m data_prep prepare "$@" --dry_run
-    python -m data_prep deduplicate "$@"
-    # shellcheck disable=SC2086
-    shares=$(STAGE=share sbatch --parsable --array="0-$((${TASKS:-16} - 1))" --cpus-per-task="${CPUS:-8}" \
-        ${SHARE_OPTIONS:-} slurm/data_prep.sh "$@")
-    merge=$(STAGE=merge sbatch --parsable --dependency="afterok:${shares}" --kill-on-invalid-dep=yes \
-        slurm/data_prep.sh "$@")
-    echo "submitted ${TASKS:-16} shares as job ${shares} and the merge after them as job ${merge}"
+    # shellcheck disable=SC2206
+    each=(--cpus-per-task="${CPUS:-8}" ${SHARE_OPTIONS:-})
+    array=(--array="0-$((tasks - 1))" "${each[@]}")
+    before=""
+    if asks_exact "$@"; then
+        hashes=$(submit hash "" "${array[@]}" -- "$@")
+        before=$(submit choose "${hashes}" "${each[@]}" -- "$@")
+        echo "submitted ${tasks} jobs that hash as job ${hashes} and the choice after them as job ${before}"
+    fi
+    shares=$(submit share "${before}" "${array[@]}" -- "$@")
+    merge=$(submit merge "${shares}" -- "$@")
+    if [[ -n "${VERIFY:-}" ]]; then
+        checks=$(submit verify "${merge}" "${array[@]}" -- "$@")
+        echo "submitted ${tasks} checks of ${VERIFY} as job ${checks}"
+    fi
+    echo "submitted ${tasks} shares as job ${shares} and the merge after them as job ${merge}"
+    ;;
+hash)
+    python -m data_prep deduplicate "$@" num_workers="${share[0]}" --task "${share[1]}" --num_tasks "${share[2]}"
+    ;;
+choose)
+    python -m data_prep deduplicate "$@" num_workers="${share[0]}"
     ;;
 share)
-    python -m data_prep prepare "$@" num_workers="${SLURM_CPUS_PER_TASK:-1}" \
-        --task "${SLURM_ARRAY_TASK_ID}" --num_tasks "${SLURM_ARRAY_TASK_COUNT}"
+    python -m data_prep prepare "$@" num_workers="${share[0]}" --task "${share[1]}" --num_tasks "${share[2]}"
     ;;
 merge)
     python -m data_prep merge "$@"
+    ;;
+verify)
+    python -m data_prep verify "${VERIFY}" --num_workers "${share[0]}" --task "${share[1]}" --num_tasks "${share[2]}"
     ;;
 esac

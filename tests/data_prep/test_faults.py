@@ -19,7 +19,7 @@ from common.errors import UserError
 from data_prep import engines, shards, tokenizing, unit_builder, verify
 from data_prep.__main__ import main
 from data_prep.estimate import estimate
-from data_prep.prepare import deduplicate, merge, prepare
+from data_prep.prepare import merge, prepare
 
 
 @pytest.fixture(scope="module")
@@ -201,34 +201,6 @@ def test_an_engine_that_gives_wrong_ids_during_the_run_is_replaced_and_its_unit_
     assert {k: v for k, v in found.items() if k != "manifest.json"} == {
         k: v for k, v in expected.items() if k != "manifest.json"
     }
-
-
-@pytest.mark.slow
-def test_of_equal_documents_only_the_first_stays_wherever_they_are(tmp_path, tokenizer_dir, tales):
-    """Whatever the number of processes, tasks and units."""
-    texts = [*tales[:30], *tales[10:40], tales[5], tales[5]]
-    path = write_jsonl(tmp_path / "a.jsonl", texts)
-    found = {}
-    for name, workers, tasks in (("one", 1, 1), ("two", 2, 1), ("tasks", 1, 2)):
-        settings = config(
-            tmp_path / name, tokenizer_dir, [path], deduplicate="exact", unit_mb=0.005, num_workers=workers
-        )  # fmt: skip
-        if tasks > 1:
-            with pytest.raises(UserError, match="run `python -m data_prep deduplicate CONFIG` before the tasks"):
-                prepare(settings, progress=False, task=0, num_tasks=2)
-            deduplicate(settings, progress=False)
-            for task in range(tasks):
-                prepare(settings, progress=False, task=task, num_tasks=tasks)
-            manifest = merge(settings)
-        else:
-            manifest = prepare(settings, progress=False)
-        assert manifest.sources[0].documents == 40 and manifest.sources[0].filtered == {"duplicate": 22}
-        found[name] = digest(tmp_path / name / "out")
-    assert found["one"] == found["two"] == found["tasks"]
-    plain = prepare(
-        config(tmp_path / "plain", tokenizer_dir, [write_jsonl(tmp_path / "b.jsonl", tales[:40])]), progress=False
-    )
-    assert plain.sources[0].tokens == manifest.sources[0].tokens
 
 
 def check_best_fit_fills_rows(folder: Path, tokenizer: Path, path: Path) -> None:

@@ -18,7 +18,8 @@ from data_prep import engines, shards, verify, work_list, worker
 from data_prep import repair as repairing
 from data_prep.__main__ import main
 from data_prep.config import PrepareConfig, SourceConfig
-from data_prep.prepare import deduplicate, merge, prepare
+from data_prep.deduplication import deduplicate
+from data_prep.prepare import merge, prepare
 from data_prep.repair import repair
 
 SETTINGS = {
