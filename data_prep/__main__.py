@@ -3,7 +3,7 @@
     python -m data_prep prepare data_prep/configs/demo.yaml --dry_run      # files, tokens, time; writes nothing
     python -m data_prep prepare data_prep/configs/demo.yaml num_workers=8  # run again to continue
     python -m data_prep verify data/demo                                   # every checksum and every row
-    python -m data_prep repair data_prep/configs/demo.yaml                 # makes damaged or missing shards again
+    python -m data_prep repair data_prep/configs/demo.yaml                 # bad shards are made again, the same bytes
     python -m data_prep rechunk data/demo --seq_len 4096 --output_dir data/demo_4096  # rows of another length
     python -m data_prep inspect data/demo                                  # counts, lengths, a decoded row
 
@@ -50,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--num_tasks", type=int, default=1, help="number of shares; `merge` is needed after them")
     merge = verbs.add_parser("merge", help="write the manifest when all tasks are done")
     deduplicate = verbs.add_parser("deduplicate", help="find the duplicates, before the tasks, if the config asks so")
-    repair = verbs.add_parser("repair", help="make shards again that are missing or damaged, from the same inputs")
+    repair = verbs.add_parser("repair", help="verify, and make the bad shards again from the same inputs")
+    repair.add_argument("--dry_run", action="store_true", help="only say what is bad and would be made again")
     for verb, run in ((prepare, _prepare), (merge, _merge), (deduplicate, _deduplicate), (repair, _repair)):
         verb.add_argument("config", help="YAML with sources, tokenizer, seq_len, output_dir")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="such as num_workers=8")
@@ -117,7 +118,22 @@ def _deduplicate(args: argparse.Namespace) -> int:
 def _repair(args: argparse.Namespace) -> int:
     from .repair import repair
 
-    print(repair(_config(args)))
+    config = _config(args)
+    found = repair(config, args.dry_run)
+    if not found.problems:
+        print(f"{config.output_dir}: every shard is as it was made; nothing to repair")
+        return 0
+    units = ", ".join(f"{unit.source} {unit.index}" for unit in found.units)
+    if args.dry_run:
+        print(f"{config.output_dir}: {len(found.problems)} problems; to be made again: units {units}")
+        return 1
+    if found.is_finished:
+        print(f"{config.output_dir}: repaired, by making again units {units}; all shards match the manifest")
+    else:
+        print(
+            f"{config.output_dir}: not made any more: units {units}; now run prepare again "
+            "(on a cluster the tasks, then merge)"
+        )
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from common.errors import UserError
 from common.log import log
 
-from . import documents, shards, tokenizing, work_list
+from . import documents, shards, tokenizing, verify, work_list
 from .config import PrepareConfig, SourceConfig, check_prepare
 from .inputs import filters
 from .inputs.document import Tally, text_of
@@ -33,6 +33,7 @@ HASHED = (
     "validation_fraction", "deduplicate", "unit_mb", "shard_mb",
 )  # fmt: skip
 HASHED_OF_SOURCE = ("text_field", "tokens_field", "boundaries", "min_characters", "max_tokens")  # and its filters
+RESTORE = "restore it from a copy: the corpus can be read without it, but neither repaired nor added to"
 APPEND = "; to add to the corpus, use `python -m data_prep append CONFIG`"
 SAMPLE_DOCUMENTS = 200  # of the first unit, on which the fast engine is compared with the reference
 SAMPLE_CHARACTERS = 20_000  # of each of them
@@ -76,7 +77,7 @@ def load_job(config: PrepareConfig, save: bool = True) -> Job:
     if not save:
         work = make_work_list(config, spec)
     elif (directory / "manifest.json").exists():
-        parts = [work_list.load(directory / part.inputs) for part in shards.Manifest.load(directory).parts]
+        parts = [work_list.load(directory / part.inputs, RESTORE) for part in shards.Manifest.load(directory).parts]
         work = work_list.join(parts) if parts else WorkList(_settings(config, spec), [])
     else:
         work = _saved_work_list(config, spec)
@@ -201,7 +202,8 @@ def _work_list_lock(path: Path) -> Iterator[None]:
 def load_finished(job: Job) -> shards.Manifest | None:
     """The manifest of a corpus that is already made, or None. New mixture weights are written into it.
 
-    Raises UserError for a corpus that was made from other settings or files, naming the first.
+    Raises UserError for a corpus that was made from other settings or files, naming the first, and for one whose shards
+    are missing or cut off.
     """
     if not (job.directory / "manifest.json").exists():
         return None
@@ -212,6 +214,7 @@ def load_finished(job: Job) -> shards.Manifest | None:
             f"{job.directory} holds a corpus made from other settings or files ({difference}); "
             "choose another output_dir, or delete that folder first"
         )
+    verify.check_sizes(job.directory, manifest.sources)
     new = {source.name: (source.weight, source.max_epochs) for source in job.config.sources}
     if new != {entry.name: (entry.weight, entry.max_epochs) for entry in manifest.sources}:  # shards stay as they are
         for entry in manifest.sources:

@@ -41,15 +41,28 @@ def lock(directory: Path, task: int, num_tasks: int) -> Iterator[None]:
     work = directory / ".work"
     work.mkdir(parents=True, exist_ok=True)
     mode = fcntl.LOCK_SH if num_tasks > 1 else fcntl.LOCK_EX
-    with open(work / "lock", "w") as whole, open(work / f"lock-{task}-of-{num_tasks}", "w") as part:
-        try:
-            flock(whole, mode | fcntl.LOCK_NB)
-            flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Locked(f"another process is preparing {directory}; wait for it, or stop it") from None
-        yield
-    # With the files closed: NFS keeps what is open under another name, and the folder could not be removed.
-    # A work list in a finished corpus is that of an `append`.
+    try:
+        with open(work / "lock", "w") as whole, open(work / f"lock-{task}-of-{num_tasks}", "w") as part:
+            try:
+                flock(whole, mode | fcntl.LOCK_NB)
+                flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Locked(f"another process is preparing {directory}; wait for it, or stop it") from None
+            yield
+    except Locked:
+        raise
+    except BaseException:
+        _remove_unused(directory)
+        raise
+    _remove_unused(directory)
+
+
+def _remove_unused(directory: Path) -> None:
+    """Remove the folder .work of a finished corpus; a work list in it is that of an `append`, and stays.
+
+    With the locks closed: NFS keeps what is open under another name, and the folder could not be removed.
+    """
+    work = directory / ".work"
     if (directory / "manifest.json").exists() and not (work / "work_list.json").exists():
         shutil.rmtree(work, ignore_errors=True)
 

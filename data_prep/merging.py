@@ -12,16 +12,14 @@ from pathlib import Path
 
 from common.errors import UserError
 
-from . import shards, tokenizing, worker
+from . import shards, tokenizing, verify, worker
 from .config import PrepareConfig, SourceConfig
-from .inputs.listing import in_threads
 from .job import Job, warn_without_validation, work_list_path
 from .making import engine_of_job, make_units
 from .work_list import Unit
 from .writing import remove_unfinished
 
 SHARD_NAME = re.compile(rf"({'|'.join(shards.SPLITS)})-\d{{5,}}-\d{{3,}}\.arrow")
-REPAIR = "`python -m data_prep repair CONFIG` makes it again"
 
 
 @dataclass
@@ -40,8 +38,8 @@ def finish(job: Job, progress: bool) -> shards.Manifest:
     """
     config = job.config
     kept = _settle(job, progress)
-    _check_sizes(job.directory, kept)
     entries = _entries(job, kept)
+    verify.check_sizes(job.directory, entries)
     for entry in entries:
         _check_entry(entry, config, _damaged(entry.name, kept))
     manifest = shards.Manifest(
@@ -107,23 +105,6 @@ def _up_to_limit(job: Job, source: SourceConfig, kept: list[Kept], missing: list
             left -= min(left, record["tokens"])
             if source.max_tokens and (record["cut"] or not left):
                 return
-
-
-def _check_sizes(directory: Path, kept: list[Kept]) -> None:
-    """Raise UserError, naming the first, where shards are missing or have other sizes than when they were made."""
-    made = [shards.Shard(**shard) for one in kept for split in shards.SPLITS for shard in one.record[split]]
-
-    def size(shard: shards.Shard) -> int | None:
-        path = directory / shard.file
-        return path.stat().st_size if path.is_file() else None
-
-    sizes = in_threads(size, made, "check sizes")
-    bad = [(shard, size) for shard, size in zip(made, sizes) if size != shard.bytes]
-    if bad:
-        shard, found = bad[0]
-        what = "missing" if found is None else f"{found:,} bytes, it was made with {shard.bytes:,}"
-        others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise UserError(f"{directory / shard.file}: {what}{others}; {REPAIR}")
 
 
 def _entries(job: Job, kept: list[Kept]) -> list[shards.SourceEntry]:

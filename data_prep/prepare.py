@@ -9,7 +9,7 @@ num_tasks-th unit, and `merge` writes the manifest.
 from common.errors import UserError
 from common.files import write_atomically
 
-from . import deduplication, merging, shards, verify, work_list
+from . import deduplication, merging, shards, work_list
 from .config import PrepareConfig
 from .job import Job, load_finished, load_job, work_list_path
 from .locks import Locked, lock
@@ -54,12 +54,8 @@ def is_finished(job: Job) -> bool:
 
 
 def _load_checked(job: Job) -> shards.Manifest:
-    """The manifest of a corpus that is already made. Raises UserError where a shard is missing or has another size."""
+    """The manifest of a corpus that is already made, its shards present. What a killed process left is removed."""
     manifest = load_finished(job) or shards.Manifest.load(job.directory)
-    problems = verify.check(job.directory, hashes=False)
-    if problems:
-        others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{others}; {merging.REPAIR}")
     remove_leftovers(job, manifest)
     return manifest
 

@@ -109,7 +109,7 @@ def rechunk_unit(
     for task in tasks:
         problems = verify.check_shard(directory, manifest, task, hashes=True, contents=True).problems
         if problems:
-            raise UserError(f"{problems[0]}; prepare the corpus again")
+            raise UserError(f"{problems[0]}; run `python -m data_prep repair CONFIG` for that corpus")
     writers = {split: SplitWriter(folder, unit.source, unit.index, split, settings) for split in shards.SPLITS}
     tokens = 0
     try:

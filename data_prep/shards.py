@@ -137,17 +137,19 @@ class Manifest:
             raise UserError(f"{path} not found: make the corpus with `python -m data_prep prepare CONFIG.yaml`")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON ({error}); prepare the corpus again") from None
-        if content.get("format") != FORMAT or content.get("version") not in READABLE:
-            found = f"{content.get('format')!r} version {content.get('version')!r}"
-            raise UserError(f"{path}: found format {found}, expected {FORMAT!r} version {VERSION}")
-        content["parts"] = [_from_json(Part, part) for part in content.get("parts", [])]
-        for source in content["sources"]:
-            for split in SPLITS:
-                source[split] = [_from_json(Shard, shard) for shard in source[split]]
-        content["sources"] = [_from_json(SourceEntry, source) for source in content["sources"]]
-        return _from_json(cls, content)
+            if content.get("format") != FORMAT or content.get("version") not in READABLE:
+                found = f"{content.get('format')!r} version {content.get('version')!r}"
+                raise UserError(f"{path}: found format {found}, expected {FORMAT!r} version {VERSION}")
+            content["parts"] = [_from_json(Part, part) for part in content.get("parts", [])]
+            for source in content["sources"]:
+                for split in SPLITS:
+                    source[split] = [_from_json(Shard, shard) for shard in source[split]]
+            content["sources"] = [_from_json(SourceEntry, source) for source in content["sources"]]
+            return _from_json(cls, content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}); restore it from a copy, or make the corpus again in another folder"
+            ) from None
 
 
 def _to_json(value: Any) -> Any:
@@ -295,7 +297,7 @@ class ShardedRows:
         return end
 
     def _bad(self, number: int, what: str) -> UserError:
-        advice = "run `python -m data_prep verify` on its corpus, then prepare it again"
+        advice = "run `python -m data_prep repair CONFIG`, with the configuration of its corpus"
         return UserError(f"{self._path(number)} is not a complete shard ({what}); {advice}")
 
     def _path(self, number: int) -> str:

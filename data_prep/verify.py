@@ -2,7 +2,7 @@
 
 import hashlib
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -14,10 +14,11 @@ import pyarrow as pa
 from common.errors import UserError
 from common.files import sha256_of
 
+from .inputs.listing import in_threads
 from .pool import start_worker
 from .reading import map_file
 from .shard_index import index_of, stored_index
-from .shards import BATCH_ROWS, Manifest, Shard, batch_rows, columns, schema, unit_of
+from .shards import BATCH_ROWS, Manifest, Shard, SourceEntry, batch_rows, columns, schema, unit_of
 
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -63,7 +64,7 @@ def check(
         outcomes[one.shard.file] = outcome
         if progress:
             progress(one.shard)
-    problems = _accounting(manifest) if task == 0 else []
+    problems = accounting(manifest) if task == 0 else []
     problems += [problem for one in tasks for problem in outcomes[one.shard.file].problems]
     if contents and num_tasks == 1 and not problems:
         for source in manifest.sources:
@@ -90,7 +91,25 @@ def tasks_of(manifest: Manifest, task: int = 0, num_tasks: int = 1) -> list[Task
     return found[task::num_tasks]
 
 
-def _accounting(manifest: Manifest) -> list[str]:
+def check_sizes(directory: Path, sources: Iterable[SourceEntry]) -> None:
+    """Raise UserError, naming the first, where a shard is missing or has another size: that is seen without reading."""
+    found = [shard for source in sources for shard in source.train + source.validation]
+
+    def problem(shard: Shard) -> str | None:
+        try:
+            size = (directory / shard.file).stat().st_size
+        except FileNotFoundError:
+            return f"{directory / shard.file} is missing"
+        return None if size == shard.bytes else f"{directory / shard.file} has {size} bytes, it had {shard.bytes}"
+
+    problems = [line for line in in_threads(problem, found, "look at shards") if line]
+    if problems:
+        others = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{others}; run `python -m data_prep repair CONFIG`")
+
+
+def accounting(manifest: Manifest) -> list[str]:
+    """What the manifest alone shows to be wrong, one line each."""
     problems = [problem for source in manifest.sources if (problem := source.token_mismatch())]
     vocab_size = manifest.tokenizer["vocab_size"]
     if vocab_size - 1 > np.iinfo(manifest.dtype).max:

@@ -105,24 +105,26 @@ class WorkList:
         write_atomically(path, json.dumps(content, separators=(",", ":")).encode())
 
 
-def load(path: Path) -> WorkList:
-    """A saved work list. Raises UserError for a file that is none."""
+def load(path: Path, cure: str = "delete it, and the next run makes it again") -> WorkList:
+    """A saved work list. Raises UserError, which ends with the cure, where there is none."""
     try:
         content = json.loads(path.read_bytes())
         found = content["format"], content["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no work list ({error}); delete it, and the next run makes it again") from None
-    if found != (FORMAT, VERSION):
-        raise UserError(f"{path}: found format {found[0]!r} version {found[1]!r}, expected {FORMAT!r} {VERSION}")
-    sources = []
-    for source in content["sources"]:
-        first = source.pop("first")
-        units = [
-            Unit(source["name"], index, tuple(InputFile(*file) for file in files), start, end, size)
-            for index, (start, end, size, files) in enumerate(source["units"], first)
-        ]
-        sources.append(SourceList(**{**source, "units": units}))
-    return WorkList(content["settings"], sources)
+        if found != (FORMAT, VERSION):
+            raise UserError(f"{path}: found format {found[0]!r} version {found[1]!r}, expected {FORMAT!r} {VERSION}")
+        sources = []
+        for source in content["sources"]:
+            first = source.pop("first")
+            units = [
+                Unit(source["name"], index, tuple(InputFile(*file) for file in files), start, end, size)
+                for index, (start, end, size, files) in enumerate(source["units"], first)
+            ]
+            sources.append(SourceList(**{**source, "units": units}))
+        return WorkList(content["settings"], sources)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {cure}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no work list ({error}); {cure}") from None
 
 
 def join(parts: list[WorkList]) -> WorkList:

@@ -45,7 +45,9 @@ def check_corpus(config: RunConfig, tokenizer: Any) -> Corpora:
         problems = [problem for folder in corpora.manifests for problem in verify.check(folder, hashes=hashes)]
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise UserError(f"{problems[0]}{more}; prepare the corpus again")
+            raise UserError(
+                f"{problems[0]}{more}; run `python -m data_prep repair CONFIG`, with the configuration of the corpus"
+            )
     corpora.check_length(config.train.seq_len)
     return corpora
 

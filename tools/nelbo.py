@@ -44,7 +44,7 @@ def places_of(args: argparse.Namespace, manifest: shards.Manifest) -> tuple[dict
     """The sources, and up to --rows rows of each, evenly spread. Raises UserError where there are none."""
     problems = verify.check(args.corpus, hashes=False)
     if problems:
-        raise UserError(f"{problems[0]}; prepare the corpus again")
+        raise UserError(f"{problems[0]}; run `python -m data_prep repair CONFIG`, with the configuration of the corpus")
     sources = {one.name: shards.ShardedRows(Path(args.corpus), getattr(one, args.split)) for one in manifest.sources}
     empty = [name for name, rows in sources.items() if not len(rows)]
     if len(empty) == len(sources):

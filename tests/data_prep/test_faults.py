@@ -155,13 +155,19 @@ def test_a_full_disk_is_one_line_of_error_and_the_same_command_continues_later(j
         subprocess.run(["umount", str(disk)], check=False, timeout=30)
 
 
-def test_a_truncated_archive_is_named(tmp_path, tokenizer_dir, tales):
+def test_a_truncated_archive_is_named_and_fails_the_run_unless_max_damaged_files_allows_it(
+    tmp_path, tokenizer_dir, tales
+):
     import gzip
 
     good = write_jsonl(tmp_path / "good.jsonl", tales[:99])
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(good.read_bytes())[:-5000])
-    settings = config(tmp_path, tokenizer_dir, [good, cut], max_bad_fraction=0.02)
+    settings = config(tmp_path, tokenizer_dir, [good, cut], max_bad_fraction=0)
+    with pytest.raises(UserError, match=r"1 damaged or cut off, more than max_damaged_files=0: .*cut.jsonl.gz"):
+        prepare(settings, progress=False)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    settings.max_damaged_files = 1
     source = prepare(settings, progress=False).sources[0]
     assert not source.bad and "cut.jsonl.gz" in source.damaged[0]
     assert 99 < source.documents < 198

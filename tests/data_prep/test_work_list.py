@@ -283,7 +283,7 @@ def test_a_finished_corpus_keeps_its_list_and_what_was_left_out(finished, tmp_pa
     manifest = shards.Manifest.load(tmp_path / "out")
     assert manifest.sources[0].ignored == {".md": 1}
     assert [asdict(part) for part in manifest.parts] == [
-        {"corpus_hash": manifest.corpus_hash, "inputs": "inputs/000.json", "units": {"s": 1}}
+        {"corpus_hash": manifest.corpus_hash, "inputs": "inputs/000.json", "units": {"s": 1}, "cut": {}}
     ]
     before = digest(tmp_path / "out")
     assert prepare(finished, progress=False).corpus_hash == manifest.corpus_hash
