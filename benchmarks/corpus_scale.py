@@ -25,14 +25,18 @@ from pathlib import Path
 
 import numpy as np
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from benchmarks import corpus
 from data_prep import documents, shards
 from data_prep.config import PrepareConfig, SourceConfig
 from data_prep.inputs.document import Tally
 from data_prep.job import load_job
 from data_prep.packing import PackedRows
+from data_prep.writing import ShardWriter
 
-ROWS, SEQ_LEN = 40_000, 512  # of the corpora that random rows are read from
+ROWS, SEQ_LEN = 200_000, 512  # of the corpora that random rows are read from
 READS = 20_000
 PASSES = ("datasets", "datatrove", "ours_2")
 
@@ -121,8 +125,7 @@ def first_document(config: PrepareConfig, task: int) -> float:
     began = time.perf_counter()
     job = load_job(config)
     unit = job.units[task]
-    source = next(source for source in config.sources if source.name == unit.source)
-    next(documents.read(unit, source, Tally()))
+    next(documents.of_unit(unit, config, job.tokenizer, Tally()))
     return time.perf_counter() - began
 
 
@@ -161,7 +164,7 @@ def write_shards(folder: Path, count: int) -> list[shards.Shard]:
     rows = ROWS // count
     found = []
     for i in range(count):
-        writer = shards.ShardWriter(folder, f"s/train-{i:05d}-000.arrow", schema)
+        writer = ShardWriter(folder, f"s/train-{i:05d}-000.arrow", schema)
         ids = rng.integers(0, 50_000, (rows, SEQ_LEN), dtype=np.uint16)
         one = np.ones(rows, dtype=np.int64)
         writer.append(PackedRows(ids, one * SEQ_LEN, one, np.zeros(rows, dtype=bool)))
@@ -202,7 +205,7 @@ def main() -> None:
     parser.add_argument("text", help="JSONL with a field `text`")
     parser.add_argument("--tokenizer", default="gpt2", help="folder or Hub name")
     parser.add_argument("--peers", help="Python of an environment with datatrove: see benchmarks/corpus.py")
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--megabytes", type=int, nargs="*", default=[100, 1000])
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--shards", type=int, nargs="+", default=[200, 2_000, 20_000])
     parser.add_argument("--repeats", type=int, default=3)
@@ -211,15 +214,17 @@ def main() -> None:
         f"{Path(args.tokenizer).name}'s tokenizer; {os.cpu_count()} cores, Python {platform.python_version()}; medians "
         "of runs that take turns, their number in brackets."
     )
-    parts = [
-        ["`python benchmarks/corpus_scale.py` wrote this.", "", about],
-        ["## Documents to shards, 2 processes", "", *growing_text(args)],
-        ["## From the start of a task to its first document", "", *first_bytes(args)],
-        [f"## {READS:,} random rows of {ROWS:,}, files in memory", "", *random_rows(args)],
-    ]
-    found = "\n\n".join("\n".join(part) for part in parts) + "\n"
+    parts = [["`python benchmarks/corpus_scale.py` wrote this.", "", about]]
+    measures = {
+        f"{READS:,} random rows of {ROWS:,}, files in memory": random_rows,
+        "From the start of a task to its first document": first_bytes,
+        "Documents to shards, 2 processes": growing_text,
+    }
+    for title, measure in measures.items():
+        parts.append([f"## {title}", "", *measure(args)])
+        found = "\n\n".join("\n".join(part) for part in parts) + "\n"
+        Path(__file__).with_suffix(".md").write_text(found)
     print(found)
-    Path(__file__).with_suffix(".md").write_text(found)
 
 
 if __name__ == "__main__":

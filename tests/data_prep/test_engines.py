@@ -60,14 +60,13 @@ def test_letters_that_are_newer_than_the_fast_engine_have_the_references_ids(nam
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_every_code_point_has_the_references_ids(named, name):
-    """Assigned and unassigned: alone, between letters, and after a space."""
+@pytest.mark.skipif(not SHARED.exists(), reason="the real tokenizers are not in ../shared")
+def test_every_code_point_between_letters_has_the_references_ids(named):
+    """Assigned and unassigned, in every plane that has letters."""
     pytest.importorskip("gigatoken")
-    spec = tokenizing.spec_of(tokenizing.load_tokenizer(named(name)))
+    spec = tokenizing.spec_of(tokenizing.load_tokenizer(named("gpt2")))
     for start in [*range(0, 0x40000, 0x8000), 0xE0000]:  # planes 4 to 13 have nothing
-        check_code_points(spec, range(start, start + 0x8000), ["{}", "a{}b", "1 {0}{0}'s"])
-    check_code_points(spec, range(0x40000, 0x110000, 499), ["a{}b"])
+        check_code_points(spec, range(start, start + 0x8000), ["a{}b"])
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
