@@ -1,4 +1,4 @@
-"""kill -9 of the parent, of a worker or of both, in the middle of long units: relaunched at once, the bytes are equal."""
+"""kill -9 of the parent, a worker or both in the middle of long units: relaunched at once, the bytes are equal."""
 
 import contextlib
 import os

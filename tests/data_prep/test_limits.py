@@ -43,7 +43,7 @@ def waits(monkeypatch) -> list[float]:
 
 @pytest.fixture
 def failing(monkeypatch):
-    """`failing(name, times, error)`: files of that name fail in their middle so many times; gives how often they did."""
+    """`failing(name, times, error)`: files of that name fail in their middle so many times; gives the failures."""
     real = files._Fetched.readinto
     failed: list[str] = []
 
