@@ -64,6 +64,7 @@ test-transformers: setup ## what ships with a checkpoint, with transformers' new
 
 bench: setup .venv-bench/.installed ## measure beside the alternatives; writes the tables in benchmarks/
 	$(BIN)/python benchmarks/corpus.py $(TEXT) --tokenizer $(TOKENIZER) --peers .venv-bench/bin/python
+	$(BIN)/python benchmarks/corpus_scale.py $(TEXT) --tokenizer $(TOKENIZER) --peers .venv-bench/bin/python
 	$(BIN)/python benchmarks/attention.py
 	$(if $(CHECKPOINT),$(BIN)/python benchmarks/decoding.py $(CHECKPOINT) --base $(BASE),@echo "decoding is not measured: no CHECKPOINT, and make demo has not run")
 

@@ -259,7 +259,7 @@ def test_any_arrow_tool_reads_shards(corpus_dir):
         exec(line, names)
         ran += 1
     assert ran >= 2 and names["rows"].num_rows == manifest.sources[0].train[0].rows
-    assert set(names["rows"].column_names) == {"input_ids", "document_lengths"}
+    assert set(names["rows"].column_names) == {"input_ids", "document_lengths", "last_continues"}
 
 
 def test_a_setting_that_is_misspelt_would_be_seen():
