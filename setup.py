@@ -17,7 +17,7 @@ setup(
     packages=[*find_packages(include=[*ROOMS, *(f"{room}.*" for room in ROOMS)]), "ds_configs"],
     package_data={
         **{room: ["py.typed"] for room in ROOMS},
-        "data_prep": ["py.typed", "configs/*.yaml", "demo/*"],
+        "data_prep": ["py.typed", "configs/*.yaml", "demo/*", "unassigned_unicode_14.txt"],
         "pretrain": ["py.typed", "configs/*.yaml"],
         "ds_configs": ["*.json"],
     },

@@ -4,11 +4,15 @@
     python -m data_prep prepare data_prep/configs/demo.yaml num_workers=8  # run again to continue
     python -m data_prep verify data/demo                                   # every checksum and every row
     python -m data_prep repair data_prep/configs/demo.yaml                 # bad shards are made again, the same bytes
+    python -m data_prep append data_prep/configs/demo.yaml                 # adds new sources and files of CONFIG
     python -m data_prep rechunk data/demo --seq_len 4096 --output_dir data/demo_4096  # rows of another length
     python -m data_prep inspect data/demo                                  # counts, lengths, a decoded row
 
 On a cluster (slurm/data_prep.sh does this): each of N tasks makes its share, then one merge writes the manifest.
+For `deduplicate: exact`, tasks hash the documents before, and then one process finds the duplicates.
 
+    python -m data_prep deduplicate CONFIG --task 3 --num_tasks 16
+    python -m data_prep deduplicate CONFIG
     python -m data_prep prepare CONFIG --task 3 --num_tasks 16
     python -m data_prep merge CONFIG
 """
@@ -54,9 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     deduplicate.add_argument(
         "--num_tasks", type=int, default=1, help="number of shares; once more without it chooses, after them"
     )
+    append = verbs.add_parser("append", help="add the sources and files that a finished corpus does not have yet")
+    append.add_argument("--task", type=int, default=0, help="the number of the share of the work to make, from 0")
+    append.add_argument("--num_tasks", type=int, default=1, help="number of shares; `merge` is needed after them")
     repair = verbs.add_parser("repair", help="verify, and make the bad shards again from the same inputs")
     repair.add_argument("--dry_run", action="store_true", help="only say what is bad and would be made again")
-    for verb, run in ((prepare, _prepare), (merge, _merge), (deduplicate, _deduplicate), (repair, _repair)):
+    of_config = [
+        (prepare, _prepare), (merge, _merge), (deduplicate, _deduplicate), (append, _append), (repair, _repair),
+    ]  # fmt: skip
+    for verb, run in of_config:
         verb.add_argument("config", help="YAML with sources, tokenizer, seq_len, output_dir")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="such as num_workers=8")
         verb.set_defaults(run=run)
@@ -104,19 +114,41 @@ def _prepare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _append(args: argparse.Namespace) -> int:
+    from .append import append
+
+    config = _config(args)
+    manifest = append(config, task=args.task, num_tasks=args.num_tasks)
+    if manifest is None:
+        log.info(
+            "task %d of %d is done; when all are: python -m data_prep merge %s", args.task, args.num_tasks, args.config
+        )
+    else:
+        _print_summary(config.output_dir, manifest)
+    return 0
+
+
 def _merge(args: argparse.Namespace) -> int:
+    from . import append
     from .prepare import merge
 
     config = _config(args)
+    if append.is_unfinished(Path(config.output_dir)):
+        _print_summary(config.output_dir, append.merge(config))
+        return 0
     _print_summary(config.output_dir, merge(config))
     return 0
 
 
 def _deduplicate(args: argparse.Namespace) -> int:
+    from .append import hash_share
     from .deduplication import deduplicate
 
     config = _config(args)
-    deduplicate(config, task=args.task, num_tasks=args.num_tasks)
+    if (Path(config.output_dir) / "manifest.json").exists():  # for what is to be added
+        hash_share(config, True, args.task, args.num_tasks)
+    else:
+        deduplicate(config, task=args.task, num_tasks=args.num_tasks)
     if config.deduplicate != "none" and args.num_tasks > 1:
         log.info(
             "task %d of %d is hashed; when all are: python -m data_prep deduplicate %s",
@@ -215,7 +247,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if not 0 <= args.row < len(rows):
         raise UserError(f"row {args.row} of {name}/{args.split}: expected 0 to {len(rows) - 1}")
     print(_histogram(rows))
-    tokenizer = tokenizing.load_tokenizer(manifest.tokenizer["name"])
+    tokenizer = tokenizing.load_tokenizer(manifest.tokenizer["name"], manifest.tokenizer.get("revision", "main"))
     ids, lengths = rows.row(args.row)
     print(f"{name}/{args.split} row {args.row}: {len(lengths)} documents of {', '.join(map(str, lengths))} tokens")
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

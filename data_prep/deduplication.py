@@ -1,10 +1,10 @@
 """Exact de-duplication: hash the documents of every unit, then choose which of equal documents stays.
 
 In: a job. Out: in DIR/.work/duplicates the documents that are dropped; `drop_duplicates` leaves them out when a unit is
-made. Of equal documents the first in the order of the work list stays. Until that is chosen, the hashes of each unit lie
-in .work/SOURCE-INDEX.hashes, sorted into 256 buckets by their first byte: 257 int64 (where each bucket begins), then the
-hashes (16 bytes each), then the numbers of their documents in the unit (uint32). The choice is made for a few buckets at
-a time, and never more than one unit's file is open.
+made. Of equal documents the first in the order of the work list stays. Until that is chosen, each unit's hashes lie in
+.work/SOURCE-INDEX.hashes, sorted into 256 buckets by their first byte: 257 int64 (where each bucket begins), then the
+hashes (16 bytes each), then their documents' numbers in the unit (uint32). The choice is made for a few buckets at a
+time, and never more than one unit's file is open.
 """
 
 import io

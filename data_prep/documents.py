@@ -66,7 +66,7 @@ def read(
 def of_unit(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, tally: Tally) -> Iterator[Document]:
     """`read` with what the configuration says of the unit's source."""
     source = next(source for source in config.sources if source.name == unit.source)
-    ends = frozenset(i for i in [tokenizer.special_ids["eos"]] if i is not None)
+    ends = frozenset(i for i in (tokenizer.special_ids["eos"], tokenizer.separator) if i is not None)
     decoder = Decoder(tokenizer, tokenizer.special_ids["bos"], ends)
     return read(unit, source, tally, config.max_document_mb << 20, decoder)
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 from . import documents, work_list
 from .config import PrepareConfig, SourceConfig
+from .engines import Engine
 from .inputs.document import LongText, Tally, text_of
 from .inputs.kinds import is_compressed, kind
 from .job import Job, load_job, select_engine
 from .pool import worker_count
-from .tokenizing import Engine
 from .work_list import Unit
 
 ESTIMATE_BYTES = 8 << 20  # of text of each source that `estimate` tokenizes

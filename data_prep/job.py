@@ -17,14 +17,15 @@ from typing import Any
 from common.errors import UserError
 from common.log import log
 
-from . import documents, shards, tokenizing, verify, work_list
+from . import documents, engines, shards, tokenizing, verify, work_list
 from .config import PrepareConfig, SourceConfig, check_prepare
+from .engines import Engine
 from .inputs import filters
 from .inputs.document import Tally, text_of
 from .inputs.listing import list_files
 from .locks import flock
 from .retrying import with_retries
-from .tokenizing import Engine, TokenizerSpec
+from .tokenizing import TokenizerSpec
 from .work_list import SourceList, Unit, WorkList
 
 # All that decides the bytes of a corpus, beside its tokenizer, its sources and its files
@@ -69,10 +70,12 @@ def load_job(config: PrepareConfig, save: bool = True) -> Job:
     """
     check_prepare(config)
     tokenizer = tokenizing.load_tokenizer(config.tokenizer, config.tokenizer_revision)
-    for wanted, name in ((config.add_bos, "bos_token"), (config.add_eos, "eos_token")):
-        if wanted and getattr(tokenizer, f"{name}_id") is None:
-            raise UserError(f"add_{name[:3]} is true, but tokenizer {config.tokenizer!r} has no {name}")
-    spec = tokenizing.spec_of(tokenizer, config.tokenizer, config.tokenizer_revision)
+    if config.add_bos and tokenizer.bos_token_id is None:
+        raise UserError(f"add_bos is true, but tokenizer {config.tokenizer!r} has no bos_token")
+    spec = tokenizing.spec_of(
+        tokenizer, config.tokenizer, config.tokenizer_revision, config.special_tokens_in_text,
+        _separator(config, tokenizer),
+    )  # fmt: skip
     directory = Path(config.output_dir)
     if not save:
         work = make_work_list(config, spec)
@@ -82,6 +85,28 @@ def load_job(config: PrepareConfig, save: bool = True) -> Job:
     else:
         work = _saved_work_list(config, spec)
     return Job(config, spec, work)
+
+
+def _separator(config: PrepareConfig, tokenizer: Any) -> int | None:
+    """The id that ends a document. Raises UserError for a separator that is no token."""
+    if not config.add_eos:
+        if config.separator:
+            raise UserError(f"separator is {config.separator!r}, but with add_eos=false nothing ends a document")
+        return None
+    if config.separator:
+        found = tokenizer.get_vocab().get(config.separator)
+        if found is None:
+            special = ", ".join(map(str, tokenizer.all_special_tokens)) or "none"
+            raise UserError(
+                f"separator is {config.separator!r}, which is no token of {config.tokenizer!r}; its special tokens "
+                f"are: {special}"
+            )
+        return found
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"add_eos is true, but tokenizer {config.tokenizer!r} has no eos_token; give a separator, or add_eos=false"
+        )
+    return tokenizer.eos_token_id
 
 
 def work_list_path(directory: Path) -> Path:
@@ -280,7 +305,7 @@ def select_engine(job: Job) -> tuple[Engine, str]:
         return [text_of(document)[:SAMPLE_CHARACTERS] for document in found]
 
     texts = with_retries(sample, job.config.read_retries, "reading the first documents")
-    return tokenizing.select_engine(job.tokenizer, job.config.engine, texts)
+    return engines.select_engine(job.tokenizer, job.config.engine, texts)
 
 
 def warn_without_validation(config: PrepareConfig, manifest: shards.Manifest) -> None:

@@ -5,8 +5,10 @@ a source comes to its max_tokens; what is beyond is deleted. All of it may be in
 again before its record is replaced, and the manifest comes last.
 """
 
+import hashlib
 import re
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,18 +32,18 @@ class Kept:
     record: dict
 
 
-def finish(job: Job, progress: bool) -> shards.Manifest:
-    """Write the manifest of all records, in the order of the work list; this finishes the corpus.
+def finish(job: Job, progress: bool, before: shards.Manifest | None = None) -> shards.Manifest:
+    """Write the manifest of all records, in the order of the work list, behind those of `before`; this finishes it.
 
     Raises UserError for units that are not made, missing or short shards, a source without rows, with too many unusable
     documents or too many damaged files. Then everything that is made stays.
     """
     config = job.config
     kept = _settle(job, progress)
-    entries = _entries(job, kept)
+    entries = _entries(job, kept, before)
     verify.check_sizes(job.directory, entries)
     for entry in entries:
-        _check_entry(entry, config, _damaged(entry.name, kept))
+        _check_entry(entry, config)
     manifest = shards.Manifest(
         seq_len=config.seq_len,
         dtype=shards.dtype_for(job.tokenizer.size),
@@ -53,13 +55,15 @@ def finish(job: Job, progress: bool) -> shards.Manifest:
             "add_bos": config.add_bos,
             "add_eos": config.add_eos,
             "special_ids": job.tokenizer.special_ids,
-            "engine": ", ".join(sorted({one.record["engine"] for one in kept})),
+            "separator": job.tokenizer.separator,
+            "revision": config.tokenizer_revision,
+            "engine": ", ".join(sorted({one.record["engine"] for one in kept}.union(_engines(before)))),
         },
-        corpus_hash=job.corpus_hash,
+        corpus_hash=_joined_hash(before, job.corpus_hash),
         sources=entries,
-        parts=[_part(job, kept)],
+        parts=[*(before.parts if before else []), _part(job, kept, len(before.parts) if before else 0)],
     )
-    job.work.save(job.directory / manifest.parts[0].inputs)
+    job.work.save(job.directory / manifest.parts[-1].inputs)
     remove_unfinished(job.directory)
     _remove_other_shards(job.directory, manifest)
     manifest.save(job.directory)
@@ -107,21 +111,29 @@ def _up_to_limit(job: Job, source: SourceConfig, kept: list[Kept], missing: list
                 return
 
 
-def _entries(job: Job, kept: list[Kept]) -> list[shards.SourceEntry]:
+def _engines(before: shards.Manifest | None) -> list[str]:
+    return before.tokenizer["engine"].split(", ") if before else []
+
+
+def _joined_hash(before: shards.Manifest | None, added: str) -> str:
+    """The hash of a corpus to which a part was added."""
+    return hashlib.sha256(f"{before.corpus_hash} {added}".encode()).hexdigest() if before else added
+
+
+def _entries(job: Job, kept: list[Kept], before: shards.Manifest | None) -> list[shards.SourceEntry]:
     """The manifest's entry of every source."""
-    ignored = {source.name: source.ignored for source in job.work.sources}
-    entries = {
-        source.name: shards.SourceEntry(
-            source.name, source.weight, ignored=ignored[source.name], max_epochs=source.max_epochs
-        )
-        for source in job.config.sources
-    }
+    entries = {entry.name: entry for entry in deepcopy(before.sources)} if before else {}
+    for source in job.config.sources:
+        entry = entries.setdefault(source.name, shards.SourceEntry(source.name, source.weight))
+        entry.weight, entry.max_epochs = source.weight, source.max_epochs
+    for source in job.work.sources:
+        entries[source.name].ignored = source.ignored  # of all its paths, which were listed again
     for one in kept:
         _add_record(entries[one.unit.source], one.record)
     for entry in entries.values():
         size = sum(unit.size for unit in job.units if unit.source == entry.name)
-        entry.not_read_bytes = size - sum(one.unit.size for one in kept if one.unit.source == entry.name)
-        entry.damaged = list(_damaged(entry.name, kept).values())
+        entry.not_read_bytes += size - sum(one.unit.size for one in kept if one.unit.source == entry.name)
+        entry.damaged += _damaged(entry.name, kept).values()
     return list(entries.values())
 
 
@@ -146,10 +158,10 @@ def _damaged(source: str, kept: list[Kept]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _check_entry(entry: shards.SourceEntry, config: PrepareConfig, damaged: dict[str, str]) -> None:
+def _check_entry(entry: shards.SourceEntry, config: PrepareConfig) -> None:
     """Raise UserError for a source that may not be part of a corpus."""
-    if len(damaged) > config.max_damaged_files:
-        raise worker.too_many_damaged(entry.name, list(damaged.values()), config.max_damaged_files)
+    if len(entry.damaged) > config.max_damaged_files:
+        raise worker.too_many_damaged(entry.name, entry.damaged, config.max_damaged_files)
     bad = sum(entry.bad.values())
     if bad > config.max_bad_fraction * (bad + entry.documents):
         raise UserError(
@@ -167,10 +179,10 @@ def _check_entry(entry: shards.SourceEntry, config: PrepareConfig, damaged: dict
         raise RuntimeError(problem)
 
 
-def _part(job: Job, kept: list[Kept]) -> shards.Part:
+def _part(job: Job, kept: list[Kept], number: int) -> shards.Part:
     units = {source.name: len(source.units) for source in job.work.sources}
     cut = {one.unit.source: [one.unit.index, one.record["max_tokens"]] for one in kept if one.record["cut"]}
-    return shards.Part(job.corpus_hash, "inputs/000.json", units, cut)
+    return shards.Part(job.corpus_hash, f"inputs/{number:03d}.json", units, cut)
 
 
 def _remove_other_shards(directory: Path, manifest: shards.Manifest) -> None:

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.files import force_to_disk
 from common.log import log
 
-from . import shards, tokenizing, verify, work_list, worker
+from . import engines, shards, tokenizing, verify, work_list, worker
 from .config import PrepareConfig, SourceConfig
 from .deduplication import find_duplicates
 from .inputs.listing import InputFile, in_threads, list_files, look_at
@@ -275,9 +275,9 @@ def _look(file: InputFile) -> InputFile | None:
 
 def _engine(job: Job, manifest: shards.Manifest) -> str:
     """The engine that made the corpus: where the manifest names tokenizers alone, the fast one gave other ids."""
-    if tokenizing.Gigatoken.name not in manifest.tokenizer["engine"]:
+    if engines.Gigatoken.name not in manifest.tokenizer["engine"]:
         return tokenizing.Reference.name
-    engine, reason = tokenizing.select_engine(job.tokenizer, job.config.engine, [])
+    engine, reason = engines.select_engine(job.tokenizer, job.config.engine, [])
     log.info("tokenizing with %s %s: %s", engine.name, engine.version, reason)
     return engine.name
 

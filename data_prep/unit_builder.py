@@ -13,17 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from . import shards, tokenizing
+from common.errors import UserError
+
+from . import cutting, engines, shards, tokenizing
 from .config import PrepareConfig
+from .engines import Engine
 from .inputs.document import Document, LongText, TokenizedText, digest, text_of
 from .packing import padding_id
-from .tokenizing import Engine, TokenizerSpec
+from .tokenizing import SpecialTokens, TokenizerSpec
 from .work_list import Unit
 from .writing import RowSettings, SplitWriter
 
 BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer at once
 CHECK_ONE_IN = 512  # one document in so many is compared with the reference tokenizer
 LONG_CHARACTERS = 1 << 22  # longer documents are tokenized in parts of BATCH_CHARACTERS
+PARTS_A_DOCUMENT = 16  # a part is at most that share of max_document_mb: tokenizing takes some 50 bytes a character
+NO_CUT = "no place to cut it"  # why a long document is bad
 
 
 class EngineMismatch(Exception):
@@ -32,14 +37,14 @@ class EngineMismatch(Exception):
 
 @lru_cache(maxsize=2)
 def engine_of(name: str, tokenizer: TokenizerSpec, parallel: bool = True) -> Engine:
-    if name == tokenizing.Gigatoken.name:
-        return tokenizing.Gigatoken(tokenizer, parallel)
+    if name == engines.Gigatoken.name:
+        return engines.Gigatoken(tokenizer, parallel)
     return tokenizing.Reference(tokenizer)
 
 
 @lru_cache(maxsize=1)
 def _cut_pattern(tokenizer: TokenizerSpec) -> Pattern | None:
-    return tokenizing.find_cut_pattern(tokenizer)
+    return cutting.find_cut_pattern(tokenizer)
 
 
 def hash_of(document: Document) -> int:
@@ -84,12 +89,16 @@ class UnitBuilder:
         self.max_tokens = max_tokens
         self.is_full = False
         self.engine = engine
+        self.source = unit.source
         self.tokenizer = tokenizer
         self.reference = engine_of(tokenizing.Reference.name, tokenizer)
         self.must_check = not isinstance(engine, tokenizing.Reference)
         self.validation_fraction = config.validation_fraction
         self.bos: list[Any] = [tokenizer.special_ids["bos"]] * config.add_bos
-        self.eos: list[Any] = [tokenizer.special_ids["eos"]] * config.add_eos
+        self.eos: list[Any] = [tokenizer.separator] * config.add_eos
+        self.special = SpecialTokens(tokenizer)
+        self.special_tokens: Counter = Counter()  # documents whose text has one, by token
+        self.longest_part = (config.max_document_mb << 20) // PARTS_A_DOCUMENT
         rows = RowSettings(
             config.packing, config.seq_len, shards.dtype_for(tokenizer.size), padding_id(tokenizer.special_ids),
             tokenizer.fingerprint, config.shard_mb,
@@ -99,7 +108,9 @@ class UnitBuilder:
         self.counts: Counter = Counter()
 
     def add_batch(self, texts: list[str]) -> None:
-        ids, lengths = self.engine.encode(texts)
+        for text in texts:
+            self._note_special(self.special.in_text(text), text)
+        ids, lengths = self._encode(texts)
         hashes = np.array([hash_of(text) for text in texts], dtype=np.uint64)
         if self.must_check:
             self._check(texts, ids, lengths, hashes)
@@ -137,12 +148,19 @@ class UnitBuilder:
         """Add one text in parts, so that neither its text nor its ids are in memory as a whole."""
         split = self.splits["validation" if is_validation(document, self.validation_fraction) else "train"]
 
-        def parts() -> Iterator[np.ndarray]:
-            blocks = document.blocks() if isinstance(document, LongText) else _slices(text_of(document))
-            return self._encode_parts(blocks)
+        def blocks() -> Iterator[str]:
+            return document.blocks() if isinstance(document, LongText) else _slices(text_of(document))
 
+        def parts() -> Iterator[np.ndarray]:
+            return self._encode_parts(blocks())
+
+        if cutting.has_longer_part(blocks(), _cut_pattern(self.tokenizer), self.longest_part):
+            self.counts[NO_CUT] += 1
+            return
         if self.max_tokens and not self._that_fit(np.array([sum(map(len, parts()))])):
             return
+        found = set().union(*map(self.special.in_text, blocks()))
+        self._note_special(found, "a long document")
         tokens = split.add_long(parts())
         self.counts["no tokens"] += tokens == 0
         self.counts["tokens"] += tokens
@@ -152,8 +170,8 @@ class UnitBuilder:
     def _encode_parts(self, blocks: Iterator[str]) -> Iterator[np.ndarray]:
         """The ids of one document, BOS and EOS included, a part at a time; nothing for a document without tokens."""
         has_tokens = False
-        for part in tokenizing.cut_text(blocks, _cut_pattern(self.tokenizer), BATCH_CHARACTERS):
-            ids, lengths = self.engine.encode([part])
+        for part in cutting.cut_text(blocks, _cut_pattern(self.tokenizer), BATCH_CHARACTERS):
+            ids, lengths = self._encode([part])
             if self.must_check:
                 self._check([part], ids, lengths, np.array([hash_of(part)], dtype=np.uint64))
             if len(ids) and not has_tokens:
@@ -162,6 +180,31 @@ class UnitBuilder:
             yield ids.astype(np.int64)
         if has_tokens:
             yield np.array(self.eos, dtype=np.int64)
+
+    def _encode(self, texts: list[str]) -> tokenizing.Encoded:
+        """Their ids. Raises EngineMismatch where the fast engine fails, ValueError for an id outside the vocabulary."""
+        try:
+            ids, lengths = self.engine.encode(texts)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a panic of its Rust code is no Exception
+            if not self.must_check:
+                raise
+            raise EngineMismatch(f"it fails: {error or type(error).__name__}") from error
+        if len(ids) and int(ids.max()) >= self.tokenizer.size:
+            raise ValueError(
+                f"{self.engine.name} gave the id {ids.max()}, but the largest is {self.tokenizer.size - 1}"
+            )
+        return ids, lengths
+
+    def _note_special(self, found: set[str], text: str) -> None:
+        """Count the special tokens in a document's text. Raises UserError where there may be none."""
+        if found and self.tokenizer.special_in_text == "error":
+            raise UserError(
+                f"source {self.source}: {sorted(found)[0]!r} is a special token, and stands in the text of a document "
+                f"that begins {text[:60]!r}; with special_tokens_in_text=text it is tokenized as text"
+            )
+        self.special_tokens.update(found)
 
     def _that_fit(self, lengths: np.ndarray) -> int:
         """How many of the next documents, which have so many tokens, max_tokens leaves room for."""

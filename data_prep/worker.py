@@ -12,15 +12,16 @@ from pathlib import Path
 from common.errors import UserError, without_passwords
 from common.files import write_atomically
 
-from . import deduplication, documents, shards, tokenizing
+from . import deduplication, documents, engines, shards, tokenizing
 from .config import PrepareConfig
+from .engines import Engine
 from .inputs.document import Tally, TokenizedText
 from .inputs.listing import check_unchanged
 from .locks import unit_lock
 from .pool import end_if_orphan
 from .retrying import with_retries
-from .tokenizing import Engine, TokenizerSpec
-from .unit_builder import EngineMismatch, UnitBuilder, batches, engine_of
+from .tokenizing import TokenizerSpec
+from .unit_builder import NO_CUT, EngineMismatch, UnitBuilder, batches, engine_of
 from .work_list import Unit
 
 
@@ -54,7 +55,7 @@ def is_made(directory: Path, unit: Unit) -> bool:
 
 def _is_exact(record: dict) -> bool:
     """Whether its ids are the reference's whatever the fast engine does elsewhere."""
-    return record["engine"].split()[0] != tokenizing.Gigatoken.name
+    return record["engine"].split()[0] != engines.Gigatoken.name
 
 
 def fits(record: dict, max_tokens: int) -> bool:
@@ -129,6 +130,8 @@ def _make_shards(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, en
             split.abandon()
         remove_shards(directory, unit)
         raise
+    if counts[NO_CUT]:
+        tally.bad[NO_CUT] += counts[NO_CUT]
     if counts["no tokens"]:
         tally.filtered["no tokens"] += counts["no tokens"]
     return {
@@ -136,6 +139,7 @@ def _make_shards(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, en
         "bad": dict(sorted(tally.bad.items())),
         "filtered": dict(sorted(tally.filtered.items())),
         "damaged": tally.damaged,
+        "special_tokens": dict(sorted(builder.special_tokens.items())),
         "remainder": sum(split.packer.pending_tokens for split in builder.splits.values()),  # dropped
         "padding": sum(split.padding for split in builder.splits.values()),
         "engine": "imported" if documents.has_ids(unit, config) else f"{engine.name} {engine.version}",

@@ -209,12 +209,13 @@ class MaskedDiffusion:
     def shipped(self, tokenizer: dict) -> dict[str, Any]:
         """`diffusion` and the mask's id: what the shipped model and its sampler obey."""
         special = tokenizer["special_ids"]
+        before = special["bos"] if tokenizer["add_bos"] else tokenizer.get("separator")  # what stands before a document
         return {
             "mask_token_id": self.mask_token_id,
             "diffusion": {
                 "shift": self.settings.shift,
                 "eps": self.settings.eps,
                 "normalize_by": self.settings.normalize_by,
-                "start_token_id": special["bos"] if tokenizer["add_bos"] else special["eos"],
+                "start_token_id": special["eos"] if before is None else before,
             },
         }

@@ -16,7 +16,7 @@ from helpers import ROOT, SHARED, config, digest, write_jsonl
 
 from common.config import save_config
 from common.errors import UserError
-from data_prep import shards, tokenizing, unit_builder, verify
+from data_prep import engines, shards, tokenizing, unit_builder, verify
 from data_prep.__main__ import main
 from data_prep.estimate import estimate
 from data_prep.prepare import merge, prepare
@@ -190,7 +190,7 @@ def test_an_engine_that_gives_wrong_ids_during_the_run_is_replaced_and_its_unit_
             ids, lengths = self.reference.encode(texts)
             return (ids, lengths) if len(texts) > 200 else (np.where(ids == 70, 71, ids), lengths)
 
-    monkeypatch.setattr(tokenizing, "Gigatoken", Late)
+    monkeypatch.setattr(engines, "Gigatoken", Late)
     monkeypatch.setattr(unit_builder, "CHECK_ONE_IN", 1)
     unit_builder.engine_of.cache_clear()
     manifest = prepare(make(tmp_path, engine="auto"), progress=False)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.config import save_config
-from data_prep import tokenizing, unit_builder
+from data_prep import cutting, tokenizing, unit_builder
 from data_prep.inputs import document, text
 from data_prep.prepare import prepare
 
@@ -40,8 +40,8 @@ def test_a_document_read_and_tokenized_in_parts_gives_the_same_bytes(
     monkeypatch.setattr(unit_builder, "LONG_CHARACTERS", 5_000)
     monkeypatch.setattr(unit_builder, "BATCH_CHARACTERS", 1_000)
     parts = []
-    inner = tokenizing.cut_text
-    monkeypatch.setattr(tokenizing, "cut_text", lambda *a: parts.append(list(inner(*a))) or iter(parts[-1]))
+    inner = cutting.cut_text
+    monkeypatch.setattr(cutting, "cut_text", lambda *a: parts.append(list(inner(*a))) or iter(parts[-1]))
     assert made("parts") == whole
     assert len(parts[-1]) > 30 and max(map(len, parts[-1])) < 3_000
 
@@ -73,7 +73,7 @@ TOKENIZERS = [
 def test_a_text_cut_in_parts_has_the_ids_of_the_whole(name, tokenizer_dir, tales):
     folder = tokenizer_dir if name == "small" else SHARED / "data" / "tokenizers" / name
     spec = tokenizing.spec_of(tokenizing.load_tokenizer(str(folder)))
-    pattern = tokenizing.find_cut_pattern(spec)
+    pattern = cutting.find_cut_pattern(spec)
     reference = tokenizing.Reference(spec)
     assert pattern is not None
     documents = [*tales, *varied_documents(100_000, seed=2)]
@@ -86,7 +86,7 @@ def test_a_text_cut_in_parts_has_the_ids_of_the_whole(name, tokenizer_dir, tales
     @given(texts, st.integers(1, 200), st.integers(1, 50))
     def check(text, size, block):
         blocks = (text[i : i + block] for i in range(0, len(text), block))
-        parts = list(tokenizing.cut_text(blocks, pattern, size))
+        parts = list(cutting.cut_text(blocks, pattern, size))
         assert all(len(part) >= size for part in parts[:-1])
         assert reference.encode(parts)[0].tolist() == reference.encode([text])[0].tolist()
 
@@ -96,8 +96,8 @@ def test_a_text_cut_in_parts_has_the_ids_of_the_whole(name, tokenizer_dir, tales
 def test_texts_stay_whole_for_a_tokenizer_with_tokens_across_words(tokenizer):
     tokenizer = tokenizing.load_tokenizer(tokenizer.name_or_path)
     tokenizer.add_tokens(["new\nline", "a space"])
-    assert tokenizing.find_cut_pattern(tokenizing.spec_of(tokenizer)) is None
-    assert list(tokenizing.cut_text(iter(["a b\nc", "d e"]), None, 2)) == ["a b\ncd e"]
+    assert cutting.find_cut_pattern(tokenizing.spec_of(tokenizer)) is None
+    assert list(cutting.cut_text(iter(["a b\nc", "d e"]), None, 2)) == ["a b\ncd e"]
 
 
 PEAK = """

@@ -14,8 +14,8 @@ from helpers import ROOT, digest, write_jsonl
 
 from common.config import save_config
 from common.errors import UserError
+from data_prep import engines, shards, verify, work_list, worker
 from data_prep import repair as repairing
-from data_prep import shards, tokenizing, verify, work_list, worker
 from data_prep.__main__ import main
 from data_prep.config import PrepareConfig, SourceConfig
 from data_prep.deduplication import deduplicate
@@ -290,7 +290,7 @@ def test_the_reference_makes_what_the_reference_made(made, tmp_path, monkeypatch
     manifest.save(out)
     expected = digest(out)
     shard_paths(config)[0].unlink()
-    monkeypatch.setattr(tokenizing, "Gigatoken", SimpleNamespace(name="gigatoken"))
+    monkeypatch.setattr(engines, "Gigatoken", SimpleNamespace(name="gigatoken"))
     repair(config, progress=False)
     assert digest(out) == expected
 

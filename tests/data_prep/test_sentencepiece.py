@@ -7,7 +7,7 @@ from helpers import config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import shards, tokenizing
+from data_prep import engines, shards, tokenizing
 from data_prep.prepare import prepare
 
 
@@ -37,7 +37,7 @@ def test_ids_are_those_of_transformers_and_of_sentencepiece(model_dir, tales):
     own = sentencepiece.SentencePieceProcessor(model_file=str(model_dir / "tokenizer.model"))
     tokenizer = tokenizing.load_tokenizer(str(model_dir))
     spec = tokenizing.spec_of(tokenizer)
-    engine, _ = tokenizing.select_engine(spec, "auto", tales[:20])
+    engine, _ = engines.select_engine(spec, "auto", tales[:20])
     words = st.sampled_from(["the", " fox", "  ", "\n", "9", "é", "日本", "\t", "“I", "<unk", "def f(x):"])
     texts = st.lists(st.one_of(words, st.sampled_from(tales).map(lambda t: t[:300])), min_size=1).map("".join)
 

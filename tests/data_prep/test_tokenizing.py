@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data_prep import tokenizing
+from data_prep import engines, tokenizing
 
 unicode = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 look_alikes = st.sampled_from(["<eos>", "<bos", " <eos> ", "def f(x):\n\treturn x\n", "\x04", "\r\n", "  ", "'s"])
@@ -25,7 +25,7 @@ def rows(encoded: tokenizing.Encoded) -> list[list[int]]:
 def test_each_engine_gives_the_ids_of_encode(tokenizer, engine, texts):
     if engine == "gigatoken":
         pytest.importorskip("gigatoken", reason="gigatoken-cachefix is not installed")
-    encoder, _ = tokenizing.select_engine(tokenizing.spec_of(tokenizer), engine, [])
+    encoder, _ = engines.select_engine(tokenizing.spec_of(tokenizer), engine, [])
     assert rows(encoder.encode(texts)) == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
@@ -46,7 +46,7 @@ def lacking(tokenizer):
 def test_bytes_without_a_token_are_dropped_as_the_reference_drops_them(lacking, text):
     pytest.importorskip("gigatoken", reason="gigatoken-cachefix is not installed")
     spec = tokenizing.spec_of(lacking)
-    engine = tokenizing.Gigatoken(spec)
+    engine = engines.Gigatoken(spec)
     reference = tokenizing.Reference(spec)
     assert rows(engine.encode(["the", text, ""])) == rows(reference.encode(["the", text, ""]))
 
@@ -57,7 +57,7 @@ def test_bytes_without_a_token_are_dropped_as_the_reference_drops_them(lacking, 
 def test_the_selected_engine_gives_the_ids_of_the_real_tokenizers(name, tales):
     tokenizer = tokenizing.load_tokenizer(str(SHARED / "data" / "tokenizers" / name))
     spec = tokenizing.spec_of(tokenizer)
-    engine, why = tokenizing.select_engine(spec, "auto", tales[:50])
+    engine, why = engines.select_engine(spec, "auto", tales[:50])
     texts = [*tales[::10], "\n\n".join(tales), *tokenizing.adversarial_texts(spec, 200)]  # a long document among them
     assert rows(engine.encode(texts)) == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     try:
@@ -80,12 +80,12 @@ def test_an_engine_with_other_ids_is_not_selected(tokenizer, monkeypatch):
             ids, lengths = super().encode(texts)
             return np.where(ids == 50, 51, ids), lengths
 
-    monkeypatch.setattr(tokenizing, "Gigatoken", Wrong)
+    monkeypatch.setattr(engines, "Gigatoken", Wrong)
     spec = tokenizing.spec_of(tokenizer)
-    engine, why = tokenizing.select_engine(spec, "auto", ["plain text"])
+    engine, why = engines.select_engine(spec, "auto", ["plain text"])
     assert engine.name == "tokenizers" and "gigatoken is not used: its ids differ" in why
     with pytest.raises(UserError, match=r"engine is gigatoken, but its ids differ from those of tokenizers on"):
-        tokenizing.select_engine(spec, "gigatoken", [])
+        engines.select_engine(spec, "gigatoken", [])
 
 
 def test_the_fingerprint_changes_exactly_with_what_decides_ids(tokenizer_dir):

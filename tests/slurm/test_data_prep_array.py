@@ -1,4 +1,4 @@
-"""`sbatch slurm/data_prep.sh` makes the same bytes as one process: on two nodes, and with an sbatch that runs jobs at once."""
+"""slurm/data_prep.sh makes the bytes of one process: on two nodes, and by an sbatch that runs jobs at once."""
 
 import json
 import os

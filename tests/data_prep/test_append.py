@@ -1,0 +1,160 @@
+"""A corpus that grows: what is there keeps its bytes, and the whole has the rows of a corpus made at once."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from helpers import config, digest, write_jsonl
+
+from common.config import save_config
+from common.errors import UserError
+from data_prep import append as module
+from data_prep import merging, shards, verify
+from data_prep.__main__ import main
+from data_prep.append import append
+from data_prep.config import PrepareConfig, SourceConfig
+from data_prep.prepare import prepare
+from data_prep.repair import repair
+
+
+@pytest.fixture
+def made(tmp_path, tokenizer_dir, tales):
+    """`made(out, **settings)`: a corpus of source `s` with one file; `b.jsonl` and `c.jsonl` wait to be added."""
+    for name, texts in (("a", tales[:40]), ("b", tales[30:70]), ("c", tales[70:90] + tales[:5])):
+        write_jsonl(tmp_path / f"{name}.jsonl", texts)
+
+    def make(out: str, names: str = "a", **more) -> PrepareConfig:
+        paths = [tmp_path / f"{name}.jsonl" for name in names]
+        return config(tmp_path / out, tokenizer_dir, paths, **{"validation_fraction": 0.2, "unit_mb": 0.01, **more})
+
+    return make
+
+
+def with_source(settings: PrepareConfig, name: str = "c") -> PrepareConfig:
+    """The configuration with a second source."""
+    folder = Path(settings.sources[0].paths[0]).parent
+    settings.sources.append(SourceConfig("other", [str(folder / f"{name}.jsonl")], weight=2.0, max_epochs=3.0))
+    return settings
+
+
+def row_counts(out: Path) -> dict[tuple[str, str], Counter]:
+    """Of each source and split, how often it has which row."""
+    found = {}
+    for source in shards.Manifest.load(out).sources:
+        for split in shards.SPLITS:
+            rows = shards.ShardedRows(out, getattr(source, split))
+            found[source.name, split] = Counter(
+                (ids.tobytes(), lengths.tobytes()) for ids, lengths in (rows.row(i) for i in range(len(rows)))
+            )
+    return found
+
+
+@pytest.mark.parametrize("more", [{}, {"packing": "best_fit", "add_bos": True}, {"deduplicate": "exact"}], ids=str)
+def test_appended_equals_made_together_and_what_was_there_keeps_its_bytes(made, more):
+    """A file to a source, then a source; documents that a part before has are dropped where that is asked."""
+    prepare(made("grown", "a", **more), progress=False)
+    out = Path(made("grown").output_dir)
+    before = digest(out)
+    append(made("grown", "ab", **more), progress=False)
+    append(with_source(made("grown", "ab", **more)), progress=False)
+    after = digest(out)
+    assert {name: after[name] for name in before if name != "manifest.json"} == {
+        name: sha for name, sha in before.items() if name != "manifest.json"
+    }
+    together = with_source(made("together", "ab", **more))
+    prepare(together, progress=False)
+    assert row_counts(out) == row_counts(Path(together.output_dir))
+    one, other = shards.Manifest.load(out), shards.Manifest.load(together.output_dir)
+    for a, b in zip(one.sources, other.sources, strict=True):
+        for key in (
+            "name",
+            "weight",
+            "max_epochs",
+            "documents",
+            "characters",
+            "bytes",
+            "tokens",
+            "filtered",
+            "padding",
+        ):
+            assert getattr(a, key) == getattr(b, key), key
+    assert [list(part.units) for part in one.parts] == [["s"], ["s"], ["other"]]
+    assert not verify.check(out, contents=True) and not (out / ".work").exists()
+
+
+def test_again_adds_nothing_and_a_part_of_the_sources_is_enough(made, caplog):
+    caplog.set_level("INFO", "diffullama")
+    whole = with_source(made("grown"))
+    prepare(made("grown"), progress=False)
+    only_new = made("grown")
+    only_new.sources = whole.sources[1:]
+    append(only_new, progress=False)
+    out = digest(Path(whole.output_dir))
+    for settings in (only_new, whole):
+        append(settings, progress=False)
+        assert digest(Path(whole.output_dir)) == out and "nothing is added" in caplog.messages[-1]
+    assert prepare(whole, progress=False)
+
+
+def test_tasks_and_a_merge_give_the_bytes_of_one_process(made, tmp_path):
+    for name in ("one", "tasks"):
+        prepare(made(name), progress=False)
+    append(with_source(made("one", "ab")), progress=False)
+    settings = with_source(made("tasks", "ab"))
+    for task in (1, 0):
+        assert append(settings, progress=False, task=task, num_tasks=2) is None
+    save_config(settings, tmp_path / "c.yaml")
+    assert main(["merge", str(tmp_path / "c.yaml")]) == 0
+    assert digest(tmp_path / "tasks" / "out") == digest(tmp_path / "one" / "out")
+
+
+@pytest.mark.parametrize("moment", ["make_units", "finish", "manifest"])
+def test_an_interrupted_append_leaves_the_corpus_as_it_was_and_continues(made, monkeypatch, moment):
+    prepare(made("whole"), progress=False)
+    prepare(made("grown"), progress=False)
+    append(with_source(made("whole", "ab")), progress=False)
+    out = Path(made("grown").output_dir)
+    before = (out / "manifest.json").read_bytes()
+
+    def killed(*_, **__):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        if moment == "make_units":
+            patched.setattr(module, "make_units", killed)
+        elif moment == "finish":
+            patched.setattr(merging.shards.Manifest, "save", killed)
+        else:
+            patched.setattr(merging, "warn_without_validation", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            append(with_source(made("grown", "ab")), progress=False)
+    assert ((out / "manifest.json").read_bytes() == before) == (moment != "manifest")
+    assert not verify.check(out, contents=True)
+    append(with_source(made("grown", "ab")), progress=False)
+    assert digest(out) == digest(Path(made("whole").output_dir))
+
+
+def test_a_shard_of_any_part_is_repaired(made):
+    prepare(made("grown"), progress=False)
+    settings = with_source(made("grown", "ab"))
+    append(settings, progress=False)
+    out = Path(settings.output_dir)
+    before = digest(out)
+    for entry in shards.Manifest.load(out).sources:
+        (out / entry.train[-1].file).unlink()
+    repair(settings, progress=False)
+    assert digest(out) == before
+
+
+def test_what_cannot_be_added_is_refused_and_nothing_changes(made, tales):
+    with pytest.raises(UserError, match="no finished corpus to add to"):
+        append(made("none"), progress=False)
+    settings = made("grown")
+    prepare(settings, progress=False)
+    before = digest(Path(settings.output_dir))
+    with pytest.raises(UserError, match="seq_len was 64 and is 32"):
+        append(made("grown", "ab", seq_len=32), progress=False)
+    write_jsonl(Path(settings.sources[0].paths[0]), tales[1:41])
+    with pytest.raises(UserError, match=r"a\.jsonl was"):
+        append(made("grown", "ab"), progress=False)
+    assert digest(Path(settings.output_dir)) == before
