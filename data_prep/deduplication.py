@@ -111,8 +111,8 @@ def _dropped_folder(directory: Path) -> Path:
 def write_hashes(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec) -> None:
     """Write the hashes of the unit's documents, if no other process has; 20 bytes of memory a document, twice.
 
-    It needs no lock: whoever writes them writes the same. Raises ReadFailed for files that cannot be read, after config.read_retries more attempts, and UserError for files
-    that are gone or changed.
+    It needs no lock: whoever writes them writes the same. Raises ReadFailed for files that cannot be read, after
+    config.read_retries more attempts, and UserError for files that are gone or changed.
     """
 
     def hashed() -> np.ndarray:
