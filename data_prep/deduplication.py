@@ -16,13 +16,14 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import write_atomically
+from common.log import log
 
 from . import documents
 from .config import PrepareConfig
 from .inputs.document import Document, Tally, digest
 from .inputs.listing import check_unchanged
 from .job import Job, load_finished, load_job
-from .locks import lock, unit_lock
+from .locks import lock
 from .pool import end_if_orphan, run_units, worker_count
 from .retrying import with_retries
 from .tokenizing import TokenizerSpec
@@ -60,11 +61,22 @@ def find_duplicates(job: Job, num_tasks: int, progress: bool) -> None:
         raise UserError(
             "deduplicate needs all documents: run `python -m data_prep deduplicate CONFIG` before the tasks"
         )
+    _warn_of_limits(job.config)
     hash_units(job, job.units, progress)
     dropped = choose(job.units, job.directory, job.config.num_workers, progress)
     write_atomically(_done_path(job.directory), str(dropped).encode())
     for unit in job.units:
         hashes_path(job.directory, unit).unlink(missing_ok=True)
+
+
+def _warn_of_limits(config: PrepareConfig) -> None:
+    """Of equal documents the first may be one that `max_tokens` leaves out; a later source has dropped its own then."""
+    for source in config.sources[:-1]:
+        if source.max_tokens:
+            log.warning(
+                "source %s has max_tokens: documents beyond it that later sources have too are in neither; "
+                "name %s after the other sources to keep them", source.name, source.name,
+            )  # fmt: skip
 
 
 def is_done(directory: Path) -> bool:
@@ -99,8 +111,8 @@ def _dropped_folder(directory: Path) -> Path:
 def write_hashes(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec) -> None:
     """Write the hashes of the unit's documents, if no other process has; 20 bytes of memory a document, twice.
 
-    Raises ReadFailed for files that cannot be read, after config.read_retries more attempts, and UserError for files
-    that are gone or changed.
+    It needs no lock: whoever writes them writes the same. Raises ReadFailed for files that cannot be read, after
+    config.read_retries more attempts, and UserError for files that are gone or changed.
     """
 
     def hashed() -> np.ndarray:
@@ -110,15 +122,14 @@ def write_hashes(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec) ->
         return np.frombuffer(found, dtype=np.uint8).reshape(-1, HASH_BYTES)
 
     path = hashes_path(Path(config.output_dir), unit)
-    with unit_lock(Path(config.output_dir), unit):
-        end_if_orphan()
-        if path.exists():
-            return
-        hashes = with_retries(hashed, config.read_retries, f"hashing {unit.source} unit {unit.index}")
-        order = np.argsort(hashes[:, 0], kind="stable")
-        counts = np.bincount(hashes[:, 0], minlength=BUCKETS)
-        begins = np.concatenate([[0], np.cumsum(counts)]).astype("<i8")
-        write_atomically(path, begins.tobytes() + hashes[order].tobytes() + order.astype("<u4").tobytes())
+    end_if_orphan()
+    if path.exists():
+        return
+    hashes = with_retries(hashed, config.read_retries, f"hashing {unit.source} unit {unit.index}")
+    order = np.argsort(hashes[:, 0], kind="stable")
+    counts = np.bincount(hashes[:, 0], minlength=BUCKETS)
+    begins = np.concatenate([[0], np.cumsum(counts)]).astype("<i8")
+    write_atomically(path, begins.tobytes() + hashes[order].tobytes() + order.astype("<u4").tobytes())
 
 
 def choose(units: list[Unit], directory: Path, num_workers: int, progress: bool, at_once: int = AT_ONCE) -> int:
@@ -134,18 +145,16 @@ def choose(units: list[Unit], directory: Path, num_workers: int, progress: bool,
     parts = min(BUCKETS, max(1, -(-sum(documents_of) // at_once)))
     ends = [BUCKETS * (part + 1) // parts for part in range(parts)]
     size = sum(documents_of) * (HASH_BYTES + NUMBER_BYTES) // parts
-    todo = [
-        Unit("duplicates", part, (), begin, end, size)
-        for part, (begin, end) in enumerate(zip([0, *ends], ends))
-        if not _part_path(directory, part).exists()
-    ]
+    chosen = [Unit("duplicates", i, (), begin, end, size) for i, (begin, end) in enumerate(zip([0, *ends], ends))]
+    todo = [part for part in chosen if not _part_path(directory, part).exists()]
     workers = worker_count(num_workers, len(todo))
     run_units(todo, lambda part: (choose_part, part, directory), workers, "choose among equal documents", progress)
-    return sum(len(np.load(_part_path(directory, part))) for part in range(parts))
+    return sum(len(np.load(_part_path(directory, part), mmap_mode="r")) for part in chosen)
 
 
-def _part_path(directory: Path, part: int) -> Path:
-    return _dropped_folder(directory) / f"{part:03d}.npy"
+def _part_path(directory: Path, part: Unit) -> Path:
+    """Named by its buckets, so that one written for another number of parts is not taken for it."""
+    return _dropped_folder(directory) / f"{part.start:03d}-{part.end:03d}.npy"
 
 
 def _documents(path: Path) -> int:
@@ -172,7 +181,7 @@ def choose_part(part: Unit, directory: Path) -> None:
     end_if_orphan()
     content = io.BytesIO()
     np.save(content, dropped)
-    write_atomically(_part_path(directory, part.index), content.getvalue())
+    write_atomically(_part_path(directory, part), content.getvalue())
 
 
 def _read_buckets(path: Path, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,10 +3,9 @@
 #
 # This job submits an array of TASKS jobs, each of which makes its share of the work, and a job that writes the manifest
 # when all of them have succeeded. With `deduplicate: exact` there are two more before them: an array that hashes the
-# documents, and one job that finds the duplicates. VERIFY=DIR adds an array after them that checks every shard of the
-# corpus DIR, its output_dir. A job that is killed or requeued continues where it stopped. To make what is missing,
-# submit the same line again. CPUS=8 is for each of these jobs; other options for each share, such as memory or a
-# partition:  SHARE_OPTIONS="--mem=64G --partition=cpu"
+# documents, and one job that finds the duplicates. VERIFY=1 adds an array after them that checks every shard. A job that
+# is killed or requeued continues where it stopped. To make what is missing, submit the same line again. CPUS=8 is for
+# each of these jobs; other options for each, such as memory or a partition:  SHARE_OPTIONS="--mem=64G --partition=cpu"
 #SBATCH --job-name=data_prep
 #SBATCH --output=slurm-%x-%A_%a.out
 #SBATCH --nodes=1
@@ -28,20 +27,19 @@ submit() {
     done
     shift
     [[ -z "${after}" ]] || options+=(--dependency="afterok:${after}" --kill-on-invalid-dep=yes)
-    job=$(STAGE="${stage}" sbatch --parsable ${options[@]+"${options[@]}"} slurm/data_prep.sh "$@")
+    job=$(STAGE="${stage}" sbatch --parsable ${options[@]+"${options[@]}"} slurm/data_prep.sh "$@") || return # -e does not reach here
     echo "${job%%;*}" # a federation's cluster comes after it
 }
 
-# asks_exact CONFIG [key=value ...]: whether duplicates are to be found
-asks_exact() {
+# setting NAME CONFIG [key=value ...]: a setting's value
+setting() {
     python - "$@" <<'END'
 import sys
 
 from common.config import load_config
 from data_prep.config import PrepareConfig
 
-config = load_config(PrepareConfig, sys.argv[1], sys.argv[2:], interpolate=False)
-sys.exit(config.deduplicate != "exact")
+print(getattr(load_config(PrepareConfig, sys.argv[2], sys.argv[3:], interpolate=False), sys.argv[1]))
 END
 }
 
@@ -51,8 +49,9 @@ submit)
     # shellcheck disable=SC2206
     each=(--cpus-per-task="${CPUS:-8}" ${SHARE_OPTIONS:-})
     array=(--array="0-$((tasks - 1))" "${each[@]}")
+    deduplicate=$(setting deduplicate "$@") # by itself: in a condition, a failure would count as "none"
     before=""
-    if asks_exact "$@"; then
+    if [[ "${deduplicate}" == exact ]]; then
         hashes=$(submit hash "" "${array[@]}" -- "$@")
         before=$(submit choose "${hashes}" "${each[@]}" -- "$@")
         echo "submitted ${tasks} jobs that hash as job ${hashes} and the choice after them as job ${before}"
@@ -61,7 +60,7 @@ submit)
     merge=$(submit merge "${shares}" -- "$@")
     if [[ -n "${VERIFY:-}" ]]; then
         checks=$(submit verify "${merge}" "${array[@]}" -- "$@")
-        echo "submitted ${tasks} checks of ${VERIFY} as job ${checks}"
+        echo "submitted ${tasks} checks of the shards as job ${checks}"
     fi
     echo "submitted ${tasks} shares as job ${shares} and the merge after them as job ${merge}"
     ;;
@@ -78,6 +77,7 @@ merge)
     python -m data_prep merge "$@"
     ;;
 verify)
-    python -m data_prep verify "${VERIFY}" --num_workers "${share[0]}" --task "${share[1]}" --num_tasks "${share[2]}"
+    output_dir=$(setting output_dir "$@")
+    python -m data_prep verify "${output_dir}" --num_workers "${share[0]}" --task "${share[1]}" --num_tasks "${share[2]}"
     ;;
 esac
