@@ -76,8 +76,8 @@ def growing_text(args: argparse.Namespace) -> list[str]:
                         print(f"{megabytes} MB {name:<12} {seconds:8.2f}", file=sys.stderr)
         medians = {name: statistics.median(times) if times else float("nan") for name, times in found.items()}
         ours = medians["ours_2"]
-        cells = " | ".join(f"{medians[name]:.1f} ({len(found[name])})" for name in PASSES)
-        ratios = ", ".join(f"{medians[name] / ours:.1f}" for name in PASSES[:2])
+        cells = " | ".join(f"{medians[name]:.1f} ({len(found[name])})" if found[name] else "failed" for name in PASSES)
+        ratios = ", ".join(f"{medians[name] / ours:.1f}" if found[name] else "–" for name in PASSES[:2])
         lines.append(f"| {megabytes:,} | {cells} | {ratios} |")
     return lines
 
