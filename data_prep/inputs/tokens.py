@@ -44,8 +44,8 @@ def is_tokenized(source: SourceConfig, path: str) -> bool:
 def read_tokens(path: str, unit: Unit, source: SourceConfig, tally: Tally, max_bytes: int) -> Found:
     """(ids (tokens,) int64, record) of each record of the unit's part of a file.
 
-    What stands in a column in place of ids is given as it is, TOO_LONG_RECORD for a document not read. Raises EOFError for a file that is cut off, and UserError
-    for one whose index is not there, or is none.
+    What stands in a column in place of ids is given as it is, TOO_LONG_RECORD for a document that is not read. Raises
+    EOFError for a file that does not fit its index, and UserError for one whose index is not there, or is none.
     """
     found = kind(path)
     if found in ("megatron", "datatrove"):
