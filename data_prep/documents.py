@@ -24,7 +24,7 @@ from .inputs.files import ReadFailed, describe
 from .inputs.filters import Test, call_hook, compile_filters, load_hook, value_at
 from .inputs.listing import kind
 from .inputs.text import read_jsonl, read_txt
-from .inputs.tokens import is_tokenized, read_tokens, split_at
+from .inputs.tokens import TOO_LONG_RECORD, is_tokenized, read_tokens, split_at
 from .tokenizing import TokenizerSpec
 from .work_list import Unit
 
@@ -90,6 +90,9 @@ def _tokenized(
     if source.boundaries == "eos":
         records = split_at(records, decoder.ends)
     for number, (ids, record) in enumerate(records, unit.start):
+        if ids is TOO_LONG_RECORD:
+            tally.bad[TOO_LONG] += 1
+            continue
         if not isinstance(ids, np.ndarray):
             yield None, record
             continue

@@ -118,7 +118,9 @@ class UnitBuilder:
         self._count(len(texts), sum(map(len, texts)), sum(map(_utf8_size, texts)))
 
     def add_tokens(self, documents: list[TokenizedText]) -> None:
-        """Add documents whose ids are known."""
+        """Add documents whose ids are known. Special tokens in them stay what they are, and are counted."""
+        for document in documents:
+            self.special_tokens.update(self.special.in_text(document.text))
         ids = np.concatenate([document.ids for document in documents])
         lengths = np.array([len(document.ids) for document in documents], dtype=np.int64)
         count = self._pack(ids, lengths, np.array([hash_of(document) for document in documents], dtype=np.uint64))

@@ -5,10 +5,12 @@ In: a file and a range of its records. Out: the ids of one record after another.
 Layouts: Megatron-LM core/datasets/indexed_dataset.py (`X.bin` beside `X.idx`), datatrove
 pipeline/tokens/tokenizer.py (`X.ds` beside `X.ds.index`), MosaicML streaming/base/format/mds (mds.py here).
 
-Memory: BLOCK_BYTES of ids, or one record if it is longer, and the index of the unit's own records.
+Memory: BLOCK_BYTES of ids, or one record if it is longer, and the index of the unit's own records. With boundaries
+`record`, a document of a .bin or .ds that exceeds max_bytes is not read.
 """
 
 import struct
+import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -25,11 +27,13 @@ from .kinds import index_of, kind
 from .mds import read_mds
 from .text import read_jsonl
 
+UNLIMITED = sys.maxsize
 BLOCK_BYTES = 1 << 23  # of ids, read at once
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the ids, sequences, document indices
 MEGATRON_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 TOKEN_KINDS = ("megatron", "datatrove", "mds")
+TOO_LONG_RECORD = object()  # in place of the ids of a document that is not read
 
 
 def is_tokenized(source: SourceConfig, path: str) -> bool:
@@ -40,12 +44,13 @@ def is_tokenized(source: SourceConfig, path: str) -> bool:
 def read_tokens(path: str, unit: Unit, source: SourceConfig, tally: Tally, max_bytes: int) -> Found:
     """(ids (tokens,) int64, record) of each record of the unit's part of a file.
 
-    What stands in a column in place of ids is given as it is. Raises EOFError for a file that is cut off, and UserError
-    for one whose index is not there, or is none.
+    What stands in a column in place of ids is given as it is, TOO_LONG_RECORD for a document that is not read. Raises
+    EOFError for a file that does not fit its index, and UserError for one whose index is not there, or is none.
     """
     found = kind(path)
     if found in ("megatron", "datatrove"):
-        for ids in _read_indexed(path, unit.start, unit.end):
+        limit = max_bytes if source.boundaries == "record" else UNLIMITED  # a block may hold many documents
+        for ids in _read_indexed(path, unit.start, unit.end, limit):
             yield ids, {}
         return
     if found == "mds":
@@ -79,39 +84,49 @@ def _as_ids(value: Any) -> Any:
 
 def documents_in(path: str) -> np.ndarray:
     """(documents,) tokens of each document of a Megatron or datatrove file, by its index. Raises UserError."""
-    _, ends = _extents(path, 0, -1)
-    return np.diff(ends)
+    return np.diff(_extents(path, 0, -1)[1])
 
 
 def token_bytes(path: str) -> int:
     """Bytes of a token in a Megatron or datatrove file. Raises UserError."""
-    dtype, _ = _extents(path, 0, 0)
-    return dtype.itemsize
+    return _extents(path, 0, 0)[0].itemsize
 
 
-def _read_indexed(path: str, start: int, end: int) -> Iterator[np.ndarray]:
-    """The ids of documents [start, end) of a Megatron or datatrove file, of all from `start` on with `end` -1."""
-    dtype, ends = _extents(path, start, end)
+def _read_indexed(path: str, start: int, end: int, max_tokens: int = UNLIMITED) -> Iterator[Any]:
+    """The ids of documents [start, end) of a Megatron or datatrove file, of all from `start` on with `end` -1.
+
+    TOO_LONG_RECORD for one of more than `max_tokens`. Raises EOFError for a file that does not fit its index.
+    """
+    dtype, ends, total = _extents(path, start, end)
+    width = dtype.itemsize
     with open_file(path) as file:
-        left = file.seek(0, 2) - int(ends[0]) * dtype.itemsize  # a damaged index may ask for 2**60 bytes
-        file.seek(int(ends[0]) * dtype.itemsize)
+        size = file.seek(0, 2)
         first = 0
         while first < len(ends) - 1:
-            last = int(np.searchsorted(ends, ends[first] + BLOCK_BYTES // dtype.itemsize, side="right")) - 1
+            last = int(np.searchsorted(ends, ends[first] + BLOCK_BYTES // width, side="right")) - 1
             last = max(first + 1, last)
-            size = int(ends[last] - ends[first]) * dtype.itemsize
-            content = file.read(max(0, min(size, left)))
-            left -= len(content)
-            whole = np.frombuffer(content[: len(content) // dtype.itemsize * dtype.itemsize], dtype).astype(np.int64)
+            if ends[first + 1] - ends[first] > max_tokens and int(ends[first + 1]) * width <= size:
+                yield TOO_LONG_RECORD
+                first += 1
+                continue
+            begin = min(int(ends[first]) * width, size)  # a damaged index may ask for 2**60 bytes
+            file.seek(begin)
+            content = file.read(min(int(ends[last]) * width, size) - begin)
+            whole = np.frombuffer(content[: len(content) // width * width], dtype).astype(np.int64)
             for begin, stop in zip(ends[first:last] - ends[first], ends[first + 1 : last + 1] - ends[first]):
                 if stop > len(whole):
                     raise EOFError(f"it ends before token {int(ends[first]) + int(stop):,}, which its index has")
-                yield whole[begin:stop]
+                yield whole[begin:stop] if stop - begin <= max_tokens else TOO_LONG_RECORD
             first = last
+        if int(ends[-1]) == total and size > total * width:  # said once, by the unit that has the end
+            raise EOFError(f"it has {size - total * width:,} bytes after the last document of its index")
 
 
-def _extents(path: str, start: int, end: int) -> tuple[np.dtype, np.ndarray]:
-    """(type of the ids, (documents + 1,) the tokens before each of the documents [start, end), and after the last)."""
+def _extents(path: str, start: int, end: int) -> tuple[np.dtype, np.ndarray, int]:
+    """(type of the ids, ends, tokens of the whole file) by the index.
+
+    ends: (documents + 1,) the tokens before each of the documents [start, end), and after the last.
+    """
     return _megatron_extents(path, start, end) if kind(path) == "megatron" else _datatrove_extents(path, start, end)
 
 
@@ -132,7 +147,7 @@ def _read_array(file: BinaryIO, offset: int, dtype: str, count: int, path: str) 
     return np.frombuffer(content, dtype).astype(np.int64)
 
 
-def _megatron_extents(path: str, start: int, end: int) -> tuple[np.dtype, np.ndarray]:
+def _megatron_extents(path: str, start: int, end: int) -> tuple[np.dtype, np.ndarray, int]:
     with _open_index(path) as file:
         header = file.read(MEGATRON_HEADER.size)
         if len(header) < MEGATRON_HEADER.size or not header.startswith(MEGATRON_MAGIC):
@@ -155,8 +170,18 @@ def _megatron_extents(path: str, start: int, end: int) -> tuple[np.dtype, np.nda
         first, last = int(of_sequence[0]), int(of_sequence[-1])
         if first < 0 or last > sequences or (np.diff(of_sequence) < 0).any():
             raise UserError(f"{index_of(path)} is damaged: its documents are not in the order of its sequences")
+        bounds = [int(_read_array(file, documents_at + 8 * i, "<i8", 1, path)[0]) for i in (0, indices - 1)]
+        if bounds != [0, sequences]:
+            raise UserError(
+                f"{index_of(path)}: its documents are sequences {bounds[0]:,} to {bounds[1]:,} of {sequences:,}; the "
+                "others are in no document: end a document after the last sequence when you write it"
+            )
+        total = 0
+        if sequences:
+            total = int(_read_array(file, pointers_at + 8 * (sequences - 1), "<i8", 1, path)[0]) // dtype.itemsize
+            total += int(_read_array(file, lengths_at + 4 * (sequences - 1), "<i4", 1, path)[0])
         if first == last:
-            return dtype, np.zeros(len(of_sequence), np.int64)
+            return dtype, np.zeros(len(of_sequence), np.int64), total
         lengths = _read_array(file, lengths_at + 4 * first, "<i4", last - first, path)
         pointers = _read_array(file, pointers_at + 8 * first, "<i8", last - first, path)
     ends = np.concatenate([[0], np.cumsum(lengths)])
@@ -164,32 +189,31 @@ def _megatron_extents(path: str, start: int, end: int) -> tuple[np.dtype, np.nda
         raise UserError(f"{index_of(path)} is damaged: its sequences do not follow one another")
     if pointers[0] < 0 or pointers[0] % dtype.itemsize:
         raise UserError(f"{index_of(path)} is damaged: a sequence begins at byte {pointers[0]}")
-    return dtype, pointers[0] // dtype.itemsize + ends[of_sequence - first]
+    return dtype, pointers[0] // dtype.itemsize + ends[of_sequence - first], total
 
 
-def _datatrove_extents(path: str, start: int, end: int) -> tuple[np.dtype, np.ndarray]:
+def _datatrove_extents(path: str, start: int, end: int) -> tuple[np.dtype, np.ndarray, int]:
     with _open_index(path) as file:
         size = file.seek(0, 2)
         count = size // 8
-        if size % 8 or not count:
-            raise UserError(f"{index_of(path)} is cut off or empty: it has {size} bytes, expected 8 for each document")
+        if size % 8:
+            raise UserError(f"{index_of(path)} is cut off: it has {size} bytes, expected 8 for each document")
         end = count if end < 0 else end
         before = max(0, start - 1)
-        ends = _read_array(file, 8 * before, "<u8", max(end, 1) - before, path)
-        total = int(_read_array(file, size - 8, "<u8", 1, path)[0])
-    ends = ends if start else np.concatenate([[0], ends])
+        ends = _read_array(file, 8 * before, "<u8", max(end, min(1, count)) - before, path)
+        total = int(_read_array(file, size - 8, "<u8", 1, path)[0]) if count else 0
+    ends = ends if start else np.concatenate([np.zeros(1, np.int64), ends])
     ends = ends[: end - start + 1]
-    if (np.diff(ends) < 0).any() or (len(ends) and ends[0] < 0):
+    if (np.diff(ends) < 0).any() or ends[0] < 0 or total < ends[-1]:
         raise UserError(f"{index_of(path)} is damaged: the ends of its documents are not in order")
-    return np.dtype(f"<u{_datatrove_token_bytes(path, total)}"), ends
+    return np.dtype(f"<u{_datatrove_token_bytes(path, total)}"), ends, total
 
 
 def _datatrove_token_bytes(path: str, total: int) -> int:
-    """2 or 4: by the file's size where it is whole, else as its .metadata says."""
-    with open_file(path) as file:
-        size = file.seek(0, 2)
-    if total and size in (2 * total, 4 * total):
-        return size // total
+    """2 or 4: as the file's .metadata says, else by its size.
+
+    The size alone may deceive: half a file of 4 bytes a token is a whole one of 2.
+    """
     try:
         with open_file(path + ".metadata") as file:
             first = file.readline().decode("utf-8", "replace").strip()
@@ -197,6 +221,12 @@ def _datatrove_token_bytes(path: str, total: int) -> int:
             return int(first[-1])
     except FileNotFoundError:
         pass
+    with open_file(path) as file:
+        size = file.seek(0, 2)
+    if size == 0 == total:  # of a task that had no documents
+        return 2
+    if total and size in (2 * total, 4 * total):
+        return size // total
     raise UserError(
         f"{path} has {size:,} bytes, expected 2 or 4 for each of the {total:,} tokens that its index has; it is cut "
         "off, or has another index"
