@@ -14,8 +14,8 @@ from .tokenizing import Reference, TokenizerSpec, adversarial_texts
 # end, must be the ids of the whole. The matched characters themselves are dropped.
 CUT_PATTERNS = (
     # GPT-2's and its successors' pre-tokenizers: a word begins with its space, and a lone newline ends a chunk
-    # and where no spaces are: between punctuation and the letter after it
-    re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=[^\W\d_])|(?<=[。！？、，])(?=[一-龥ぁ-んァ-ヴ가-힣])"),
+    # and where no spaces are: before punctuation (after it, Qwen's takes the letters together with the mark)
+    re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=[^\W\d_])|(?<=[一-龥ぁ-んァ-ヴ가-힣])(?=[。！？、，])"),
     # LLaMA-2's tokenizer puts a space before every text, so the space of the cut is dropped
     re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])"),
 )
