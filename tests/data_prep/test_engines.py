@@ -188,7 +188,7 @@ def test_ids_beyond_the_number_of_tokens_are_stored_as_they_are(tmp_path, tokeni
     assert ids[:5].tolist()[0] == 70_001
 
 
-def test_text_without_spaces_is_cut_after_its_punctuation(tokenizer, monkeypatch, tmp_path, tokenizer_dir):
+def test_text_without_spaces_is_cut_at_its_punctuation(tokenizer, monkeypatch, tmp_path, tokenizer_dir):
     """Where there is none, a document beyond the limit is bad, and nothing of it is in a row."""
     pattern = cutting.find_cut_pattern(tokenizing.spec_of(tokenizer))
     sentence = "吾輩は猫である。名前はまだ無い、どこで生れたか！"
