@@ -44,7 +44,7 @@ def append(config: PrepareConfig, progress: bool = True, task: int = 0, num_task
             log.info("%s has all that the configuration names; nothing is added", directory)
             return manifest
         if config.deduplicate == "exact":  # equal documents of the corpus come first
-            deduplication.find_duplicates(replace(job, work=_all(job, added)), num_tasks, progress)
+            deduplication.find_duplicates(added, num_tasks, progress, _parts(job, added))
         make_units(added, added.units[task::num_tasks], engine_of_job(added), progress)
         return merging.finish(added, progress, manifest) if num_tasks == 1 else None
 
@@ -76,13 +76,14 @@ def hash_share(config: PrepareConfig, progress: bool, task: int, num_tasks: int)
     _check(job, manifest)
     with lock(job.directory, task, num_tasks):
         added = _added(job, manifest)
-        whole = replace(job, work=_all(job, added))
+        parts = _parts(job, added)
         if not added.units:
             log.info("%s has all that the configuration names; nothing is added", job.directory)
         elif num_tasks == 1:
-            deduplication.find_duplicates(whole, 1, progress)
+            deduplication.find_duplicates(added, 1, progress, parts)
         elif not deduplication.is_done(job.directory):
-            deduplication.hash_units(whole, whole.units[task::num_tasks], progress)
+            units = [unit for part in parts for unit in part.units]
+            deduplication.hash_units(added, units[task::num_tasks], progress)
 
 
 def _check(job: Job, manifest: shards.Manifest) -> None:
@@ -134,9 +135,7 @@ def _added(job: Job, manifest: shards.Manifest) -> Job:
     return replace(job, work=work)
 
 
-def _all(job: Job, added: Job) -> WorkList:
-    """The units of the corpus, as its parts made them, and those to add: of equal documents, the first stays."""
+def _parts(job: Job, added: Job) -> list[WorkList]:
+    """The work lists of the corpus, as its parts made them, and last that of what is to be added."""
     manifest = shards.Manifest.load(job.directory)
-    parts = [work_list.load(job.directory / part.inputs) for part in manifest.parts]
-    sources = [source for part in [*parts, added.work] for source in part.sources]
-    return WorkList(job.work.settings, sources)
+    return [*(work_list.load(job.directory / part.inputs) for part in manifest.parts), added.work]

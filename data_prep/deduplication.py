@@ -1,15 +1,15 @@
 """Exact de-duplication: hash the documents of every unit, then choose which of equal documents stays.
 
 In: a job. Out: in DIR/.work/duplicates the documents that are dropped; `drop_duplicates` leaves them out when a unit is
-made. Of equal documents the first in the order of the work list stays. Until that is chosen, each unit's hashes lie in
-.work/SOURCE-INDEX.hashes, sorted into 256 buckets by their first byte: 257 int64 (where each bucket begins), then the
-hashes (16 bytes each), then their documents' numbers in the unit (uint32). The choice is made for a few buckets at a
-time, and never more than one unit's file is open.
+made. Of equal documents the first in the order of the work list stays, in sources with max_tokens only if no other
+source has it. Until that is chosen, each unit's hashes lie in .work/SOURCE-INDEX.hashes, sorted into 256 buckets by
+their first byte: 257 int64 (where each bucket begins), then the hashes (16 bytes each), then their documents' numbers
+in the unit (uint32). The choice is made for a few buckets at a time, and never more than one unit's file is open.
 """
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from .locks import lock
 from .pool import end_if_orphan, run_units, worker_count
 from .retrying import with_retries
 from .tokenizing import TokenizerSpec
-from .work_list import Unit
+from .work_list import Unit, WorkList, limited_last
 
 BUCKETS = 256
 AT_ONCE = 1 << 22  # documents of one choice, about; it takes some 80 bytes of memory a document
@@ -53,30 +53,34 @@ def deduplicate(config: PrepareConfig, progress: bool = True, task: int = 0, num
                 hash_units(job, job.units[task::num_tasks], progress)
 
 
-def find_duplicates(job: Job, num_tasks: int, progress: bool) -> None:
-    """Choose which documents each unit keeps. Raises UserError in one of several tasks where it is not done."""
+def find_duplicates(job: Job, num_tasks: int, progress: bool, parts: Sequence[WorkList] = ()) -> None:
+    """Choose which documents each unit keeps: those of earlier `parts` first, in a part those without max_tokens first.
+
+    Without `parts` the job's list is the only one. Raises UserError in one of several tasks where it is not done.
+    """
     if is_done(job.directory):
         return
     if num_tasks > 1:
         raise UserError(
             "deduplicate needs all documents: run `python -m data_prep deduplicate CONFIG` before the tasks"
         )
+    units = [unit for part in parts or [job.work] for unit in limited_last(part).units]
     _warn_of_limits(job.config)
-    hash_units(job, job.units, progress)
-    dropped = choose(job.units, job.directory, job.config.num_workers, progress)
+    hash_units(job, units, progress)
+    dropped = choose(units, job.directory, job.config.num_workers, progress)
     write_atomically(_done_path(job.directory), str(dropped).encode())
-    for unit in job.units:
+    for unit in units:
         hashes_path(job.directory, unit).unlink(missing_ok=True)
 
 
 def _warn_of_limits(config: PrepareConfig) -> None:
-    """Of equal documents the first may be one that `max_tokens` leaves out; a later source has dropped its own then."""
-    for source in config.sources[:-1]:
-        if source.max_tokens:
-            log.warning(
-                "source %s has max_tokens: documents beyond it that later sources have too are in neither; "
-                "name %s after the other sources to keep them", source.name, source.name,
-            )  # fmt: skip
+    """Of equal documents of limited sources, the one that stays may be one that max_tokens leaves out."""
+    limited = [source.name for source in config.sources if source.max_tokens]
+    if len(limited) > 1:
+        log.warning(
+            "sources %s have max_tokens: a document that %s has beyond its own is dropped from those after it, too",
+            ", ".join(limited), limited[0],
+        )  # fmt: skip
 
 
 def is_done(directory: Path) -> bool:

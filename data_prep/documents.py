@@ -8,7 +8,7 @@ used is counted by reason.
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from .inputs.files import ReadFailed, describe
 from .inputs.filters import Test, call_hook, compile_filters, load_hook, value_at
 from .inputs.listing import kind
 from .inputs.text import read_jsonl, read_txt
-from .inputs.tokens import TOO_LONG_RECORD, is_tokenized, read_tokens, split_at
+from .inputs.tokens import TOKEN_KINDS, TOO_LONG_RECORD, is_tokenized, read_tokens, split_at
 from .tokenizing import TokenizerSpec
 from .work_list import Unit
 
@@ -78,6 +78,18 @@ def has_ids(unit: Unit, config: PrepareConfig) -> bool:
     if len(sorts) > 1:
         raise UserError(f"source {source.name} has texts and token files in one folder; make two sources of them")
     return sorts == {True}
+
+
+def check_filters(source: SourceConfig, paths: Iterable[str]) -> None:
+    """Raise UserError for filters on records that have no columns: none would ever pass."""
+    if not (source.filters or source.filter):
+        return
+    setting = "filters" if source.filters else "filter"
+    if source.boundaries == "eos":
+        raise UserError(f"source {source.name}: {setting} needs a record a document, and boundaries: eos has none")
+    without = next((path for path in paths if kind(path) in TOKEN_KINDS), None)
+    if without:
+        raise UserError(f"source {source.name}: {setting} needs columns, and {without} has token ids alone")
 
 
 def _tokenized(

@@ -28,7 +28,7 @@ from .inputs.listing import InputFile, in_threads, list_files, look_at
 from .job import Job, load_job, settings_difference, work_list_path
 from .locks import lock
 from .pool import run_units, worker_count
-from .work_list import Unit, WorkList
+from .work_list import SourceList, Unit, WorkList
 
 FOLDER = ".repair"  # in the corpus folder: units that are being made again
 
@@ -174,9 +174,11 @@ def _make_again(job: Job, manifest: shards.Manifest, units: list[Unit], bad: lis
 
     try:
         (temporary / ".work").mkdir(parents=True)
-        there = _job_in(temporary, job, manifest, units)
+        parts = _parts_now(job, manifest, units)
+        config = replace(job.config, output_dir=str(temporary))
+        there = Job(config, job.tokenizer, WorkList(job.work.settings, [s for part in parts for s in part.sources]))
         if job.config.deduplicate == "exact":  # which documents these units keep depends on all units
-            find_duplicates(there, 1, progress)
+            find_duplicates(there, 1, progress, parts)
         wanted = {(unit.source, unit.index) for unit in units}
         todo = [unit for unit in there.units if (unit.source, unit.index) in wanted]
         engine = _engine(job, manifest)
@@ -199,18 +201,16 @@ def _make_again(job: Job, manifest: shards.Manifest, units: list[Unit], bad: lis
         )
 
 
-def _job_in(temporary: Path, job: Job, manifest: shards.Manifest, units: list[Unit]) -> Job:
-    """The job with another folder, and the files of the units that are needed as they are now."""
+def _parts_now(job: Job, manifest: shards.Manifest, units: list[Unit]) -> list[WorkList]:
+    """The work lists of the parts as they were made, with the files of the units that are needed as they are now."""
     needed = job.units if job.config.deduplicate == "exact" else units
     now = look_again(needed, job.work, job.config)
+
+    def as_now(source: SourceList) -> SourceList:
+        return replace(source, units=[now.get((unit.source, unit.index), unit) for unit in source.units])
+
     parts = [work_list.load(job.directory / part.inputs) for part in manifest.parts]
-    sources = [  # part by part, as they were made: of equal documents, the first stays
-        replace(source, units=[now.get((unit.source, unit.index), unit) for unit in source.units])
-        for part in parts
-        for source in part.sources
-    ]
-    config = replace(job.config, output_dir=str(temporary))
-    return Job(config, job.tokenizer, WorkList(job.work.settings, sources))
+    return [replace(part, sources=[as_now(source) for source in part.sources]) for part in parts]
 
 
 def look_again(units: list[Unit], work: WorkList, config: PrepareConfig) -> dict[tuple[str, int], Unit]:

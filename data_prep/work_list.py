@@ -127,6 +127,14 @@ def load(path: Path, cure: str = "delete it, and the next run makes it again") -
         raise UserError(f"{path} is no work list ({error}); {cure}") from None
 
 
+def limited_last(work: WorkList) -> WorkList:
+    """The sources with max_tokens behind the others, for the choice of duplicates.
+
+    Of equal documents the first stays, and one beyond its source's max_tokens must not drop another source's.
+    """
+    return replace(work, sources=sorted(work.sources, key=lambda source: bool(source.settings["max_tokens"])))
+
+
 def join(parts: list[WorkList]) -> WorkList:
     """The list of a corpus that was made in parts. A source that a later part adds to has the units of both, and the
     paths and ignored files of the later one, which were listed as a whole again."""

@@ -96,11 +96,18 @@ def test_again_adds_nothing_and_a_part_of_the_sources_is_enough(made, caplog):
     assert prepare(whole, progress=False)
 
 
-def test_tasks_and_a_merge_give_the_bytes_of_one_process(made, tmp_path):
+@pytest.mark.parametrize("more", [{}, {"deduplicate": "exact"}], ids=["all", "exact"])
+def test_tasks_and_a_merge_give_the_bytes_of_one_process(made, tmp_path, more):
     for name in ("one", "tasks"):
-        prepare(made(name), progress=False)
-    append(with_source(made("one", "ab")), progress=False)
-    settings = with_source(made("tasks", "ab"))
+        prepare(made(name, **more), progress=False)
+    append(with_source(made("one", "ab", **more)), progress=False)
+    settings = with_source(made("tasks", "ab", **more))
+    if more:
+        with pytest.raises(UserError, match="deduplicate needs all documents"):
+            append(settings, progress=False, task=0, num_tasks=2)
+        for task in (1, 0):
+            module.hash_share(settings, False, task, 2)
+        module.hash_share(settings, False, 0, 1)
     for task in (1, 0):
         assert append(settings, progress=False, task=task, num_tasks=2) is None
     save_config(settings, tmp_path / "c.yaml")
@@ -142,6 +149,21 @@ def test_a_shard_of_any_part_is_repaired(made):
     before = digest(out)
     for entry in shards.Manifest.load(out).sources:
         (out / entry.train[-1].file).unlink()
+    repair(settings, progress=False)
+    assert digest(out) == before
+
+
+def test_the_corpus_comes_before_what_is_added_even_where_its_source_is_limited(made):
+    """`a` ends with the ten documents that `b` begins with: those within a's max_tokens are dropped from b's."""
+    settings = made("out", "a", deduplicate="exact", validation_fraction=0.0)
+    settings.sources[0].max_tokens = 10**6  # a limit that all are within
+    prepare(settings, progress=False)
+    append(with_source(settings, "b"), progress=False)
+    out = Path(settings.output_dir)
+    limited, added = shards.Manifest.load(out).sources
+    assert limited.documents == 40 and added.filtered == {"duplicate": 10} and added.documents == 30
+    before = digest(out)
+    (out / added.train[0].file).unlink()
     repair(settings, progress=False)
     assert digest(out) == before
 

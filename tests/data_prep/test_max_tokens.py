@@ -154,3 +154,17 @@ def test_max_tokens_too_small_for_a_row_is_an_error(job, tmp_path):
     with pytest.raises(UserError, match=r"source s gives no row .*max_tokens"):
         prepare(job("small", 10), progress=False)
     assert not (tmp_path / "small" / "out" / "manifest.json").exists()
+
+
+def test_a_document_beyond_the_limit_does_not_drop_another_sources(job, totals, tmp_path):
+    """`other` has 20 documents of which the limited source, which stands before it, has the first five."""
+    settings = job("out", totals[4], deduplicate="exact", validation_fraction=0.0, unit_mb=100.0)
+    limited, other = (entry for entry in prepare(settings, progress=False).sources)
+    assert other.documents == 20 and not other.filtered
+    assert limited.filtered == {"duplicate": 20} and limited.documents > 0 and limited.tokens <= totals[4]
+    out = tmp_path / "out" / "out"
+    before = digest(out)
+    (out / other.train[0].file).unlink()
+    (out / limited.train[0].file).unlink()
+    repair(settings, progress=False)
+    assert digest(out) == before

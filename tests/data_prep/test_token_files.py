@@ -196,3 +196,20 @@ def test_decoding_gives_the_text_of_its_ids(name, tales):
         if text in ("▁", "</s>", "<s>", "<unk>", "<|endoftext|>"):  # ids that have another text
             continue
         assert decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+@pytest.mark.parametrize("name", ["megatron", "datatrove", "mds", "parquet"])
+@pytest.mark.parametrize(
+    "wanted", [{"filters": {"score": ">= 3"}}, {"filter": "os.path:isdir"}], ids=["filters", "hook"]
+)
+def test_filters_on_records_without_columns_are_refused_before_anything_is_read(tmp_path, tokenizer_dir, name, wanted):
+    """Each record would be left out. Columns have them, unless an EOS and not the record ends a document."""
+    made = import_of(tmp_path, tokenizer_dir, FORMATS[name](tmp_path / "ids", [[5, 6, 7]]), name)
+    for key, value in wanted.items():
+        setattr(made.sources[0], key, value)
+    if name == "parquet":
+        made.sources[0].boundaries = "eos"
+    message = "boundaries: eos" if name == "parquet" else r"ids\S* has token ids alone"
+    with pytest.raises(UserError, match=rf"source s: {next(iter(wanted))} needs .*{message}"):
+        prepare(made, progress=False)
+    assert not list(tmp_path.glob("out/**/*.arrow"))
