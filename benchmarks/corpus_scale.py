@@ -10,6 +10,7 @@
 """
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -42,8 +43,9 @@ PASSES = ("datasets", "datatrove", "ours_2")
 
 
 def grow(text: str, megabytes: int, path: Path) -> None:
-    """Write whole lines of `text`, again and again, until there are `megabytes` MB of them."""
-    content = Path(text).read_bytes()
+    """Write the texts of `text`, and no other column, again and again, until there are `megabytes` MB of lines."""
+    lines = (json.dumps({"text": found}, ensure_ascii=False) for found in corpus.texts(text))
+    content = "".join(f"{line}\n" for line in lines).encode()
     size = megabytes * 10**6
     with open(path, "wb") as file:
         while size > len(content):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from multiprocessing.connection import wait as wait_for_end
 from typing import Any
 
@@ -26,6 +27,12 @@ def worker_count(requested: int, units: int) -> int:
     """`requested` processes, 0 meaning one per CPU that this process may use, but no more than there are units."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(requested or cpus, units))
+
+
+def start_server() -> None:
+    """Begin to import what workers need, in the background: half a second that other preparations can hide."""
+    multiprocessing.set_forkserver_preload(["data_prep.worker"])  # once, not in every worker
+    forkserver.ensure_running()
 
 
 def run_units(units: list[Unit], job: Job, workers: int, title: str, progress: bool, done: Done | None = None) -> None:
@@ -65,7 +72,7 @@ def run_units(units: list[Unit], job: Job, workers: int, title: str, progress: b
 
 def _run_in_pool(units: list[Unit], job: Job, workers: int, finish: Done, skip: Callable[[Unit], None]) -> None:
     context = multiprocessing.get_context("forkserver")  # forking would copy locks that this process's threads hold
-    context.set_forkserver_preload(["data_prep.worker"])  # import once, not in every worker
+    start_server()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     waiting = iter(units)
     running: dict = {}

@@ -14,6 +14,7 @@ from .deduplication import find_duplicates
 from .job import Job, load_finished, load_job, work_list_path
 from .locks import Locked, lock
 from .making import engine_of_job, make_units
+from .pool import start_server, worker_count
 
 
 def prepare(config: PrepareConfig, progress: bool = True, task: int = 0, num_tasks: int = 1) -> shards.Manifest | None:
@@ -26,6 +27,8 @@ def prepare(config: PrepareConfig, progress: bool = True, task: int = 0, num_tas
     """
     if not 0 <= task < num_tasks:
         raise UserError(f"task is {task} of num_tasks {num_tasks}, expected 0 to {num_tasks - 1}")
+    if worker_count(config.num_workers, 2) > 1:
+        start_server()
     job = load_job(config)
     if not is_finished(job):
         with lock(job.directory, task, num_tasks):
