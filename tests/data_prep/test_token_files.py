@@ -13,10 +13,12 @@ from token_files import write_columns, write_datatrove, write_mds, write_megatro
 
 from common.errors import UserError
 from data_prep import shards, tokenizing, verify
+from data_prep.config import SourceConfig
+from data_prep.deduplication import deduplicate
 from data_prep.estimate import estimate
 from data_prep.imported import text_decoder
 from data_prep.inputs import tokens
-from data_prep.prepare import prepare
+from data_prep.prepare import merge, prepare
 
 FORMATS = {
     "megatron": write_megatron,
@@ -100,6 +102,29 @@ def test_a_file_cut_into_units_gives_every_document_once(tmp_path, tokenizer_dir
         found += row[: lengths.sum()].tolist()
     assert manifest.sources[0].documents == 60
     assert sorted(found) == sorted(i for row in ids for i in row)
+
+
+def test_token_files_beside_texts_give_the_same_bytes_in_tasks_and_in_one_process(
+    tmp_path, tokenizer_dir, tokenizer, tales
+):
+    """Several units of both, equal documents of both: of those the first stays, whichever it is."""
+    ids = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in tales[:40]]
+    path = write_megatron(tmp_path / "ids", ids)
+    texts = write_jsonl(tmp_path / "a.jsonl", tales[30:70])
+
+    def settings_in(folder):
+        made = config(folder, tokenizer_dir, [path], unit_mb=0.005, deduplicate="exact", num_workers=1)
+        made.sources.append(SourceConfig("texts", [str(texts)]))
+        return made
+
+    imported, read = prepare(settings_in(tmp_path / "one"), progress=False).sources
+    assert (imported.documents, read.documents, read.filtered) == (40, 30, {"duplicate": 10})
+    tasks = settings_in(tmp_path / "tasks")
+    deduplicate(tasks, progress=False)
+    for task in (2, 0, 1):
+        prepare(tasks, progress=False, task=task, num_tasks=3)
+    merge(tasks, progress=False)
+    assert digest(tmp_path / "tasks" / "out") == digest(tmp_path / "one" / "out")
 
 
 def test_blocks_that_hold_several_documents_are_cut_at_eos(tmp_path, tokenizer_dir, tokenizer, tales):
