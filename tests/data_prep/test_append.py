@@ -146,6 +146,35 @@ def test_a_shard_of_any_part_is_repaired(made):
     assert digest(out) == before
 
 
+def test_repair_drops_the_same_duplicates_although_an_earlier_source_has_them_too_by_now(made, tmp_path, tales):
+    """Of equal documents that of the earlier part stays, even where the source it is in comes later."""
+    write_jsonl(tmp_path / "d.jsonl", tales[75:110])  # 15 of them are in `other` already
+    more = {"deduplicate": "exact", "num_workers": 1}
+    prepare(with_source(made("grown", "a", **more)), progress=False)
+    settings = with_source(made("grown", "ad", **more))
+    manifest = append(settings, progress=False)
+    out = Path(settings.output_dir)
+    before = digest(out)
+    assert manifest and manifest.sources[0].filtered == {"duplicate": 15}
+    for entry in manifest.sources:
+        (out / entry.train[-1].file).unlink()
+    repair(settings, progress=False)
+    assert digest(out) == before
+
+
+def test_the_manifest_names_the_engines_of_every_part(made):
+    """By which a repair knows whether the fast one made some of the shards."""
+    more = {"engine": "tokenizers", "num_workers": 1}
+    prepare(made("grown", "a", **more), progress=False)
+    out = Path(made("grown").output_dir)
+    manifest = shards.Manifest.load(out)
+    now = manifest.tokenizer["engine"]
+    manifest.tokenizer["engine"] = "gigatoken 0.1, imported"
+    manifest.save(out)
+    grown = append(made("grown", "ab", **more), progress=False)
+    assert grown and grown.tokenizer["engine"] == f"gigatoken 0.1, imported, {now}"
+
+
 def test_what_cannot_be_added_is_refused_and_nothing_changes(made, tales):
     with pytest.raises(UserError, match="no finished corpus to add to"):
         append(made("none"), progress=False)

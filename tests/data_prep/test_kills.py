@@ -192,6 +192,18 @@ def test_a_folder_that_another_process_works_in_is_left_alone(tmp_path, units):
     assert not (out / ".work").exists()
 
 
+def test_a_task_does_not_run_twice_at_a_time_and_others_run_beside_it(tmp_path, units):
+    settings = units(tmp_path)
+    with locks.lock(tmp_path / "out", 1, 3):
+        for task, num_tasks in ((1, 3), (0, 1)):
+            with pytest.raises(locks.Locked, match="another process is preparing"):
+                prepare(settings, progress=False, task=task, num_tasks=num_tasks)
+        assert not list(tmp_path.glob("out/.work/s-*.json"))
+        prepare(settings, progress=False, task=0, num_tasks=3)
+    made = [unit.index for unit in load_job(settings).units if worker.is_made(tmp_path / "out", unit)]
+    assert made and all(index % 3 == 0 for index in made)
+
+
 def test_a_file_system_without_locks_is_named(tmp_path, units, monkeypatch):
     import errno
     import fcntl

@@ -180,3 +180,15 @@ def test_etags_of_a_listing_are_kept_and_compared(bucket, monkeypatch):
     etags["b.jsonl"] = "3"
     with pytest.raises(UserError, match=r"b.jsonl was written again .*stamp 2; now .*stamp 3"):
         listing.check_unchanged(found)
+
+
+def test_the_index_of_a_remote_token_file_is_compared_with_it(bucket):
+    """The listing of a folder says nothing of it, so both are asked about."""
+    for name in ("x.bin", "x.idx"):
+        write(f"{bucket}/t/{name}", b"1234")
+    (found,) = listed(f"{bucket}/t").groups
+    assert [file.path for file in found] == ["memory:///bucket/t/x.bin"]
+    listing.check_unchanged(found)
+    write(f"{bucket}/t/x.idx", b"5678")
+    with pytest.raises(UserError, match=r"t/x.bin was written again"):
+        listing.check_unchanged(found)

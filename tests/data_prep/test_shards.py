@@ -278,6 +278,25 @@ def test_verify_names_the_row_of_each_fault(tmp_path):
     assert "row 3: a document of no tokens" in problems(3, ids, [], False)
 
 
+def test_only_the_last_shard_of_a_units_held_out_rows_may_end_in_padding(tmp_path):
+    """Verify tells from the names which shards one unit made."""
+    rows = made_rows(20, 8, 0)
+    rows[-1] = (rows[-1][0], [4, 3], False)
+    for second, expected in (("00000-001", [0]), ("00001-000", [])):
+        manifest = write_corpus(tmp_path, [rows, made_rows(20, 8, 1)])
+        entry = manifest.sources[0]
+        for shard, number in zip(entry.train, ("00000-000", second)):
+            renamed = f"s/validation-{number}.arrow"
+            (tmp_path / shard.file).rename(tmp_path / renamed)
+            shard.file = renamed
+        entry.train, entry.validation = [], entry.train
+        entry.padding, entry.tokens = 1, entry.tokens - 1
+        manifest.save(tmp_path)
+        problems = verify.check(tmp_path, contents=True)
+        assert [f"validation-00000-00{i}.arrow: row 19: document lengths sum to less" in line
+                for i, line in zip(expected, problems, strict=True)] == [True] * len(expected)  # fmt: skip
+
+
 def test_verify_compares_what_the_manifest_counts(tmp_path):
     manifest = write_corpus(tmp_path, [made_rows(20, 8, 0)])
     rows = made_rows(20, 8, 0)

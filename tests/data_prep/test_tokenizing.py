@@ -51,6 +51,22 @@ def test_bytes_without_a_token_are_dropped_as_the_reference_drops_them(lacking, 
     assert rows(engine.encode(["the", text, ""])) == rows(reference.encode(["the", text, ""]))
 
 
+@pytest.mark.parametrize("engine", ["tokenizers", "gigatoken"])
+def test_a_tokenizer_that_was_saved_with_truncation_and_padding_gives_all_ids_and_no_others(
+    tokenizer_dir, tokenizer, engine
+):
+    """As one that was saved after a training with max_length: otherwise every document would end there."""
+    if engine == "gigatoken":
+        pytest.importorskip("gigatoken", reason="gigatoken-cachefix is not installed")
+    saved = tokenizing.load_tokenizer(str(tokenizer_dir))
+    saved.backend_tokenizer.enable_truncation(5)
+    saved.backend_tokenizer.enable_padding(length=9)
+    texts = ["the", "a longer text of some more words " * 3]
+    spec = tokenizing.spec_of(saved)
+    encoder = engines.Gigatoken(spec) if engine == "gigatoken" else tokenizing.Reference(spec)
+    assert rows(encoder.encode(texts)) == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="the real GPT-2 and LLaMA-2 tokenizers are not in ../shared")
 @pytest.mark.parametrize("name", ["gpt2", "llama2"])
