@@ -67,8 +67,9 @@ def test_a_long_file_that_is_not_utf8_is_counted_as_bad(tokenizer_dir, tales, tm
     (tmp_path / "bad.txt").write_bytes("\n".join(tales[:30]).encode() + b"\xff")
     (tmp_path / "cut.txt").write_bytes("\n".join(tales[:30]).encode() + "é".encode()[:1])
     settings = config(
-        tmp_path, tokenizer_dir, [tmp_path / f"{n}.txt" for n in ("good", "bad", "cut")], max_bad_fraction=0.9
-    )
+        tmp_path, tokenizer_dir, [tmp_path / f"{n}.txt" for n in ("good", "bad", "cut")], max_bad_fraction=0.9,
+        num_workers=1,
+    )  # fmt: skip
     assert prepare(settings, progress=False).sources[0].bad == {"not UTF-8": 2}
 
 

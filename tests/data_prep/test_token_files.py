@@ -221,3 +221,13 @@ def test_decoding_gives_the_text_of_its_ids(name, tales):
         if text in ("▁", "</s>", "<s>", "<unk>", "<|endoftext|>"):  # ids that have another text
             continue
         assert decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_tokens_that_were_added_to_the_vocabulary_are_decoded_too(tokenizer_dir):
+    tokenizer = tokenizing.load_tokenizer(str(tokenizer_dir))
+    before = len(tokenizer)
+    tokenizer.add_tokens(["<|new|>", "naïve words"])
+    text = "a <|new|> of naïve words, 本"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert max(ids) == before + 1
+    assert text_decoder(tokenizing.spec_of(tokenizer))(ids) == text

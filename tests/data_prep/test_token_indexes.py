@@ -8,8 +8,14 @@ from helpers import config, write_jsonl
 from token_files import write_datatrove, write_megatron
 
 from common.errors import UserError
+from data_prep import documents, tokenizing
+from data_prep.config import SourceConfig
+from data_prep.imported import Decoder
 from data_prep.inputs import tokens
+from data_prep.inputs.document import Tally
+from data_prep.inputs.listing import InputFile
 from data_prep.prepare import prepare
+from data_prep.work_list import Unit
 
 WRITERS = {"megatron": write_megatron, "datatrove": write_datatrove}
 DOCUMENTS = [list(range(10, 210)) for _ in range(50)]
@@ -72,6 +78,34 @@ def test_a_document_that_is_too_long_is_not_read(tmp_path, monkeypatch, name, bl
     assert found[1] is tokens.TOO_LONG_RECORD
     assert [found[i].tolist() for i in (0, 2)] == [rows[0], rows[2]]
     assert [ids.tolist() for ids in tokens._read_indexed(path, 0, -1)] == rows
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_document_is_too_long_by_its_ids_or_by_its_text_and_is_counted(tmp_path, tokenizer, name):
+    """Characters of several bytes count as such."""
+    decoder = Decoder(tokenizing.spec_of(tokenizer), None, frozenset([tokenizer.eos_token_id]))
+    fits, too_long = "the the the é本", "the the the é本!"  # 18 bytes and 19, in fewer ids
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in (fits, too_long)]
+    assert len(ids[1]) < len(fits.encode()) == len(too_long.encode()) - 1
+    path = str(WRITERS[name](tmp_path, [*ids, [5] * 50, ids[0]]))
+    tally = Tally()
+    unit = Unit("s", 0, (InputFile(path, 0, ""),), 0, -1, 0)
+    found = list(documents.read(unit, SourceConfig("s", [path]), tally, len(fits.encode()), decoder))
+    assert [(document.text, document.ids.tolist()) for document in found] == [(fits, ids[0])] * 2
+    assert tally.bad == {"longer than max_document_mb": 2}
+
+
+def test_one_bos_and_one_eos_are_taken_off_and_others_are_of_the_document(tokenizer):
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    decoder = Decoder(tokenizing.spec_of(tokenizer), bos, frozenset([eos]))
+    for ids, kept in (
+        ([bos, bos, 5, eos, eos], [bos, 5, eos]),
+        ([eos, 5, bos], [eos, 5, bos]),
+        ([bos, eos], []),
+        ([eos], []),
+        ([], []),
+    ):
+        assert decoder.document(np.array(ids, np.int64), "here", 1000).ids.tolist() == kept
 
 
 def test_special_tokens_among_ids_stay_and_are_counted(tmp_path, tokenizer_dir, tokenizer):

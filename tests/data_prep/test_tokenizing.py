@@ -84,6 +84,23 @@ def test_the_selected_engine_gives_the_ids_of_the_real_tokenizers(name, tales):
         assert engine.name == "gigatoken"
 
 
+@pytest.mark.parametrize("mode", ["text", "special"])
+def test_a_tokenizer_that_has_no_fast_form_gives_its_own_ids(tmp_path, mode):
+    """Special tokens in a text are what was asked for, as with a fast one."""
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    tokenizer = tokenizing.load_tokenizer(str(tmp_path))
+    assert not tokenizer.is_fast
+    texts = ["naïve 本", "", "one </s> two"]
+    spec = tokenizing.spec_of(tokenizer, str(tmp_path), special_in_text=mode)
+    engine, _ = engines.select_engine(spec, "auto", texts)
+    found = rows(engine.encode(texts))
+    split = mode == "text"
+    assert found == [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split) for text in texts]
+    assert (tokenizer.eos_token_id in found[2]) != split
+
+
 def test_an_engine_with_other_ids_is_not_selected(tokenizer, monkeypatch):
     class Wrong(tokenizing.Reference):
         name, version = "gigatoken", "0"
