@@ -187,3 +187,41 @@ def test_what_cannot_be_added_is_refused_and_nothing_changes(made, tales):
     with pytest.raises(UserError, match=r"a\.jsonl was"):
         append(made("grown", "ab"), progress=False)
     assert digest(Path(settings.output_dir)) == before
+
+
+def test_all_sources_are_needed_to_compare_what_is_added_with_all_of_the_corpus(made):
+    prepare(made("grown", "a", deduplicate="exact", num_workers=1), progress=False)
+    settings = with_source(made("grown", "a", deduplicate="exact", num_workers=1))
+    settings.sources = settings.sources[1:]
+    before = digest(Path(settings.output_dir))
+    with pytest.raises(UserError, match=r"deduplicate: exact compares with all of .*: give its source s, too"):
+        append(settings, progress=False)
+    assert digest(Path(settings.output_dir)) == before
+
+
+def test_a_source_that_ended_at_max_tokens_gets_no_files_and_others_do(made):
+    def limited(names: str) -> PrepareConfig:
+        settings = made("grown", names, num_workers=1)
+        settings.sources[0].max_tokens = 3000
+        return settings
+
+    prepare(limited("a"), progress=False)
+    with pytest.raises(UserError, match="source s ended at its max_tokens; add its new files as a source of another"):
+        append(limited("ab"), progress=False)
+    manifest = append(with_source(limited("a")), progress=False)
+    assert manifest and manifest.sources[0].tokens <= 3000 and manifest.sources[1].tokens > 0
+
+
+def test_what_was_begun_to_be_added_is_not_finished_by_another_configuration(made):
+    """In other words: no part is made of two configurations."""
+    prepare(made("grown", num_workers=1), progress=False)
+    append(with_source(made("grown", "ab", num_workers=1)), progress=False, task=0, num_tasks=2)
+    out = Path(made("grown").output_dir)
+    before = {name: sha for name, sha in digest(out).items() if "lock" not in name}
+    other_documents = with_source(made("grown", "ab"))
+    other_documents.sources[1].min_characters = 50
+    for settings in (other_documents, with_source(made("grown", "abc")), with_source(made("grown", "ab"), "b")):
+        with pytest.raises(UserError, match="is being added to from other settings or files"):
+            append(settings, progress=False)
+    assert {name: sha for name, sha in digest(out).items() if "lock" not in name} == before
+    assert append(with_source(made("grown", "ab", num_workers=1)), progress=False)
