@@ -204,6 +204,32 @@ def test_a_task_does_not_run_twice_at_a_time_and_others_run_beside_it(tmp_path, 
     assert made and all(index % 3 == 0 for index in made)
 
 
+def test_every_file_is_on_disk_before_it_gets_its_name(tmp_path, units, monkeypatch):
+    """So a power cut leaves no shard, record or manifest of which only the name was written."""
+    synced = set()
+    renamed = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def state(status: os.stat_result) -> tuple:
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def fsync(file):
+        real_fsync(file)
+        synced.add(state(os.fstat(file)))
+
+    def replace(source, target):
+        assert state(os.stat(source)) in synced, f"{target} was not on disk"
+        renamed.append(Path(target).name)
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    manifest = prepare(units(tmp_path), progress=False)
+    assert manifest
+    made = {Path(shard.file).name for shard in manifest.sources[0].train + manifest.sources[0].validation}
+    assert made <= set(renamed) and {"manifest.json", "000.json", "work_list.json", "s-00000.json"} <= set(renamed)
+
+
 def test_a_file_system_without_locks_is_named(tmp_path, units, monkeypatch):
     import errno
     import fcntl

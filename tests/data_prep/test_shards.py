@@ -313,6 +313,24 @@ def test_a_shard_of_right_size_and_hash_is_compared_with_the_manifest(tmp_path, 
     assert expected in problem and shard.file in problem
 
 
+def test_two_processes_that_write_one_shard_do_not_write_into_one_file(tmp_path, monkeypatch):
+    """One that was believed dead may still write; whoever ends last has a whole shard."""
+    rows = [made_rows(20, 8, seed) for seed in range(2)]
+    writers = []
+    for process in range(2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: 10**6 + process)
+        writers.append(ShardWriter(tmp_path, "s/train-00000-000.arrow", shards.schema(8, "uint16", FINGERPRINT)))
+    monkeypatch.undo()
+    for writer, own in zip(writers, rows):
+        writer.append(packed(own))
+    for writer, own in zip(writers, rows):
+        shard = writer.close()
+        assert shard.sha256 == sha256_of(tmp_path / shard.file)
+        read = shards.ShardedRows(tmp_path, [shard])
+        assert [read.row(i)[0].tolist() for i in range(20)] == [ids for ids, *_ in own]
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["train-00000-000.arrow"]
+
+
 def test_a_shard_whose_rows_have_another_length_is_not_read_as_one_of_the_others(tmp_path):
     """Each is whole, and what the manifest says of it; together they are no source."""
     (first,) = write_corpus(tmp_path / "a", [made_rows(20, 8, 0)]).sources[0].train

@@ -5,6 +5,8 @@ import struct
 import numpy as np
 import pytest
 from helpers import config, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
 from token_files import write_datatrove, write_megatron
 
 from common.errors import UserError
@@ -31,6 +33,16 @@ def test_half_a_datatrove_file_of_4_bytes_is_no_file_of_2(tmp_path, tokenizer_di
 
 
 @pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_is_cut_off_is_one_damaged_file_however_many_units_it_is_cut_into(tmp_path, tokenizer_dir, name):
+    path = WRITERS[name](tmp_path / "ids", DOCUMENTS)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    made = config(tmp_path, tokenizer_dir, [path], max_damaged_files=1, unit_mb=0.001, num_workers=1)
+    manifest = prepare(made, progress=False)
+    assert manifest and manifest.parts[0].units["s"] > 9
+    assert len(manifest.sources[0].damaged) == 1 and manifest.sources[0].documents == 25
+
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_bytes_after_the_last_document_are_named(tmp_path, tokenizer_dir, name):
     path = WRITERS[name](tmp_path / "ids", DOCUMENTS)
     path.write_bytes(path.read_bytes() + bytes(6))
@@ -53,6 +65,27 @@ def test_sequences_of_no_document_are_an_error(tmp_path, tokenizer_dir):
     index.write_bytes(content[:-8])
     with pytest.raises(UserError, match="are sequences 0 to 98 of 100; the others are in no document"):
         prepare(config(tmp_path, tokenizer_dir, [path]), progress=False)
+
+
+def test_sequences_with_a_gap_between_them_are_an_error(tmp_path, tokenizer_dir):
+    """Otherwise every later document would have the ids that lie before its own."""
+    path = write_megatron(tmp_path / "ids", DOCUMENTS)
+    content = bytearray(path.with_suffix(".idx").read_bytes())
+    pointer = 34 + 4 * len(DOCUMENTS) + 8 * 20  # of the 21st sequence
+    struct.pack_into("<q", content, pointer, struct.unpack_from("<q", content, pointer)[0] + 2)
+    path.with_suffix(".idx").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.idx is damaged: its sequences do not follow one another"):
+        prepare(config(tmp_path, tokenizer_dir, [path]), progress=False)
+
+
+@given(st.lists(st.lists(st.integers(0, 4), max_size=6), max_size=8))
+def test_a_stream_is_cut_after_every_end_and_nowhere_else(blocks):
+    """No id is lost, also of a last document without an end."""
+    records = ((np.array(block, np.int64), {}) for block in blocks)
+    found = [ids.tolist() for ids, _ in tokens.split_at(records, frozenset([0, 4]))]
+    assert [i for ids in found for i in ids] == [i for block in blocks for i in block]
+    assert all(ids and not {0, 4}.intersection(ids[:-1]) for ids in found)
+    assert all(ids[-1] in (0, 4) for ids in found[:-1])
 
 
 @pytest.mark.parametrize("has_metadata", [True, False])

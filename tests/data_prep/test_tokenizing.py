@@ -121,6 +121,24 @@ def test_an_engine_with_other_ids_is_not_selected(tokenizer, monkeypatch):
         engines.select_engine(spec, "gigatoken", [])
 
 
+def test_an_engine_that_is_wrong_on_this_corpus_alone_is_not_selected(tokenizer, monkeypatch):
+    class Wrong(tokenizing.Reference):
+        name, version = "gigatoken", "0"
+
+        def __init__(self, spec, parallel):
+            super().__init__(spec)
+            self.reference = tokenizing.Reference(spec)
+
+        def encode(self, texts):
+            return super().encode([text.replace("quartz", "Quartz") for text in texts])
+
+    monkeypatch.setattr(engines, "Gigatoken", Wrong)
+    spec = tokenizing.spec_of(tokenizer)
+    assert engines.select_engine(spec, "auto", ["plain text"])[0].name == "gigatoken"
+    engine, why = engines.select_engine(spec, "auto", ["plain text", "of quartz"])
+    assert engine.name == "tokenizers" and "its ids differ from those of tokenizers on 'of quartz'" in why
+
+
 def test_the_fingerprint_changes_exactly_with_what_decides_ids(tokenizer_dir):
     def changed(change) -> str:
         tokenizer = tokenizing.load_tokenizer(str(tokenizer_dir))
