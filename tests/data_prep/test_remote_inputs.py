@@ -192,3 +192,26 @@ def test_the_index_of_a_remote_token_file_is_compared_with_it(bucket):
     write(f"{bucket}/t/x.idx", b"5678")
     with pytest.raises(UserError, match=r"t/x.bin was written again"):
         listing.check_unchanged(found)
+
+
+def test_a_stamp_is_the_etag_and_a_weak_one_is_no_other():
+    """A server may give the same one as weak, when it compresses. The time is taken where there is no ETag."""
+    for about in ({"ETag": '"a"'}, {"ETag": 'W/"a"'}, {"etag": "a", "mtime": 5.0}):
+        assert listing._stamp(about) == "a"
+    assert listing._stamp({"ETag": None, "LastModified": "today"}) == "today"
+    assert listing._stamp({"size": 3}) == ""
+
+
+def test_a_file_system_that_keeps_what_it_answered_is_asked_anew(bucket, monkeypatch):
+    kept: dict = {}
+    real = MemoryFileSystem.info
+    monkeypatch.setattr(MemoryFileSystem, "info", lambda self, path, **_: kept.setdefault(path, real(self, path)))
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda self, path=None: kept.clear())
+    (found,) = listed(f"{bucket}/a.jsonl.gz").groups
+    before = dict(kept)
+    write(f"{bucket}/a.jsonl.gz", b"shorter")
+    kept.update(before)
+    with pytest.raises(UserError, match=r"a.jsonl.gz was written again .* now 7 bytes"):
+        listing.check_unchanged(found)
+    kept.update(before)
+    assert [file.size for file in listed(f"{bucket}/a.jsonl.gz").groups[0]] == [7]
