@@ -168,6 +168,35 @@ def test_the_corpus_comes_before_what_is_added_even_where_its_source_is_limited(
     assert digest(out) == before
 
 
+def test_repair_drops_the_same_duplicates_although_an_earlier_source_has_them_too_by_now(made, tmp_path, tales):
+    """Of equal documents that of the earlier part stays, even where the source it is in comes later."""
+    write_jsonl(tmp_path / "d.jsonl", tales[75:110])  # 15 of them are in `other` already
+    more = {"deduplicate": "exact", "num_workers": 1}
+    prepare(with_source(made("grown", "a", **more)), progress=False)
+    settings = with_source(made("grown", "ad", **more))
+    manifest = append(settings, progress=False)
+    out = Path(settings.output_dir)
+    before = digest(out)
+    assert manifest and manifest.sources[0].filtered == {"duplicate": 15}
+    for entry in manifest.sources:
+        (out / entry.train[-1].file).unlink()
+    repair(settings, progress=False)
+    assert digest(out) == before
+
+
+def test_the_manifest_names_the_engines_of_every_part(made):
+    """By which a repair knows whether the fast one made some of the shards."""
+    more = {"engine": "tokenizers", "num_workers": 1}
+    prepare(made("grown", "a", **more), progress=False)
+    out = Path(made("grown").output_dir)
+    manifest = shards.Manifest.load(out)
+    now = manifest.tokenizer["engine"]
+    manifest.tokenizer["engine"] = "gigatoken 0.1, imported"
+    manifest.save(out)
+    grown = append(made("grown", "ab", **more), progress=False)
+    assert grown and grown.tokenizer["engine"] == f"gigatoken 0.1, imported, {now}"
+
+
 def test_what_cannot_be_added_is_refused_and_nothing_changes(made, tales):
     with pytest.raises(UserError, match="no finished corpus to add to"):
         append(made("none"), progress=False)
@@ -180,3 +209,41 @@ def test_what_cannot_be_added_is_refused_and_nothing_changes(made, tales):
     with pytest.raises(UserError, match=r"a\.jsonl was"):
         append(made("grown", "ab"), progress=False)
     assert digest(Path(settings.output_dir)) == before
+
+
+def test_all_sources_are_needed_to_compare_what_is_added_with_all_of_the_corpus(made):
+    prepare(made("grown", "a", deduplicate="exact", num_workers=1), progress=False)
+    settings = with_source(made("grown", "a", deduplicate="exact", num_workers=1))
+    settings.sources = settings.sources[1:]
+    before = digest(Path(settings.output_dir))
+    with pytest.raises(UserError, match=r"deduplicate: exact compares with all of .*: give its source s, too"):
+        append(settings, progress=False)
+    assert digest(Path(settings.output_dir)) == before
+
+
+def test_a_source_that_ended_at_max_tokens_gets_no_files_and_others_do(made):
+    def limited(names: str) -> PrepareConfig:
+        settings = made("grown", names, num_workers=1)
+        settings.sources[0].max_tokens = 3000
+        return settings
+
+    prepare(limited("a"), progress=False)
+    with pytest.raises(UserError, match="source s ended at its max_tokens; add its new files as a source of another"):
+        append(limited("ab"), progress=False)
+    manifest = append(with_source(limited("a")), progress=False)
+    assert manifest and manifest.sources[0].tokens <= 3000 and manifest.sources[1].tokens > 0
+
+
+def test_what_was_begun_to_be_added_is_not_finished_by_another_configuration(made):
+    """In other words: no part is made of two configurations."""
+    prepare(made("grown", num_workers=1), progress=False)
+    append(with_source(made("grown", "ab", num_workers=1)), progress=False, task=0, num_tasks=2)
+    out = Path(made("grown").output_dir)
+    before = {name: sha for name, sha in digest(out).items() if "lock" not in name}
+    other_documents = with_source(made("grown", "ab"))
+    other_documents.sources[1].min_characters = 50
+    for settings in (other_documents, with_source(made("grown", "abc")), with_source(made("grown", "ab"), "b")):
+        with pytest.raises(UserError, match="is being added to from other settings or files"):
+            append(settings, progress=False)
+    assert {name: sha for name, sha in digest(out).items() if "lock" not in name} == before
+    assert append(with_source(made("grown", "ab", num_workers=1)), progress=False)

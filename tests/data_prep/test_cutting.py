@@ -1,8 +1,11 @@
 """Long texts are cut only where the pre-tokenizer, or the lack of one, lets no token reach across."""
 
 import re
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import PreTrainedTokenizerFast
@@ -57,3 +60,16 @@ def test_a_pattern_that_would_cut_a_token_is_not_taken(kind, wrong, monkeypatch)
     assert not same_ids(spec, pattern)
     monkeypatch.setattr(cutting, "CUT_PATTERNS", (pattern,))
     assert cutting.find_cut_pattern(spec) is None
+
+
+PIECES = st.lists(st.sampled_from(["a", "word" * 5, " ", "本" * 30, "。", "x\n", "-" * 9]), min_size=1, max_size=40)
+
+
+@given(PIECES.map("".join), st.sampled_from(cutting.CUT_PATTERNS), st.integers(2, 300), st.integers(5, 80))
+def test_a_part_that_is_too_long_is_seen_wherever_it_is(text, pattern, block, limit):
+    """At a text's begin, in its middle and at its end, within a block and over many; give or take two characters."""
+    ends = [match.end() for match in pattern.finditer(text)]
+    longest = max(b - a for a, b in pairwise([0, *ends, len(text)]))
+    found = cutting.has_longer_part((text[i : i + block] for i in range(0, len(text), block)), pattern, limit)
+    if abs(longest - limit) > 2:
+        assert found == (longest > limit)

@@ -126,6 +126,20 @@ def test_a_unit_with_other_documents_than_were_hashed_is_an_error(tmp_path, toke
             list(deduplication.drop_duplicates(iter(texts), job.directory, job.units[0], Tally()))
 
 
+def test_a_file_that_is_edited_while_it_is_hashed_is_named_and_leaves_no_hashes(tmp_path, tokenizer_dir, monkeypatch):
+    job = load_job(make_config(tmp_path, tokenizer_dir, [[["a", "b"]]]))
+    original = deduplication.documents.of_unit
+
+    def edited(unit, *arguments):
+        yield from original(unit, *arguments)
+        os.utime(unit.files[0].path, ns=(1, 1))
+
+    monkeypatch.setattr(deduplication.documents, "of_unit", edited)
+    with pytest.raises(UserError, match=r"00000\.jsonl\.gz was written again"):
+        deduplicate(job.config, False)
+    assert not list(job.directory.rglob("*.hashes"))
+
+
 def test_failed_reads_are_tried_again(tmp_path, tokenizer_dir, monkeypatch):
     sources = [[["a", "b", "a"], ["b", "c"]]]
     job = load_job(make_config(tmp_path, tokenizer_dir, sources, read_retries=2))

@@ -188,6 +188,23 @@ def test_ids_beyond_the_number_of_tokens_are_stored_as_they_are(tmp_path, tokeni
     assert ids[:5].tolist()[0] == 70_001
 
 
+def test_documents_without_a_token_are_counted_and_give_none(tmp_path, tokenizer_dir):
+    """Of bytes that the vocabulary lacks, as SmolLM2's does."""
+    folder = tmp_path / "lacking"
+    tokenizing.load_tokenizer(str(tokenizer_dir)).save_pretrained(folder)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    del state["model"]["vocab"]["\u0104"]  # of the byte 0x04
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    texts = ["\x04", "plain text " * 30, "\x04\x04", "more text " * 30]
+    made = config(tmp_path, folder, [write_jsonl(tmp_path / "a.jsonl", texts)], validation_fraction=0, add_bos=True,
+                  packing="best_fit")  # fmt: skip
+    manifest = prepare(made, progress=False)
+    assert manifest and manifest.sources[0].filtered == {"no tokens": 2}
+    rows_ = shards.ShardedRows(tmp_path / "out", manifest.sources[0].train)
+    ids = np.concatenate([rows_.row(i)[0][: rows_.row(i)[1].sum()] for i in range(len(rows_))])
+    assert [(ids == special).sum() for special in (0, 1)] == [2, 2]  # EOS and BOS, around two documents
+
+
 def test_text_without_spaces_is_cut_at_its_punctuation(tokenizer, monkeypatch, tmp_path, tokenizer_dir):
     """Where there is none, a document beyond the limit is bad, and nothing of it is in a row."""
     pattern = cutting.find_cut_pattern(tokenizing.spec_of(tokenizer))

@@ -202,6 +202,10 @@ def test_a_hook_is_given_a_long_text_file_too_unless_it_is_longer_than_a_documen
     found, tally = read_unit([tmp_path / "a.txt"], filter=f"{hooks}:keep", max_bytes=999)
     assert not found and tally.bad == {"longer than max_document_mb": 1}
     assert len(read_unit([tmp_path / "a.txt"], max_bytes=999)[0]) == 1
+    (tmp_path / "b.txt").write_text("é" * 500 + "z", encoding="utf-8")  # 501 characters, 1001 bytes
+    assert len(read_unit([tmp_path / "b.txt"], filter=f"{hooks}:keep", max_bytes=1001)[0]) == 1
+    found, tally = read_unit([tmp_path / "b.txt"], filter=f"{hooks}:keep", max_bytes=1000)
+    assert not found and tally.bad == {"longer than max_document_mb": 1}
 
 
 def test_the_recipe_changes_with_the_filters_and_with_the_hooks_source(tmp_path, hooks):

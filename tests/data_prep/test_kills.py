@@ -152,7 +152,10 @@ def test_what_a_killed_process_left_of_a_unit_is_removed_before_it_is_made_again
         pass
     worker.process_unit(job.units[0], settings, job.tokenizer, "tokenizers", True)
     assert not any(path.exists() for path in left) and other.exists()
+    half_a_manifest = job.directory / "manifest.json.host-1.tmp"
+    half_a_manifest.touch()
     prepare(settings, progress=False)
+    assert not half_a_manifest.exists()
     named = [shard.file for source in shards.Manifest.load(job.directory).sources
              for shard in source.train + source.validation]  # fmt: skip
     assert sorted(f"s/{path.name}" for path in folder.iterdir()) == sorted(named)
@@ -190,6 +193,44 @@ def test_a_folder_that_another_process_works_in_is_left_alone(tmp_path, units):
         assert prepare(settings, progress=False)
         assert (out / ".work" / "lock").exists()
     assert not (out / ".work").exists()
+
+
+def test_a_task_does_not_run_twice_at_a_time_and_others_run_beside_it(tmp_path, units):
+    settings = units(tmp_path)
+    with locks.lock(tmp_path / "out", 1, 3):
+        for task, num_tasks in ((1, 3), (0, 1)):
+            with pytest.raises(locks.Locked, match="another process is preparing"):
+                prepare(settings, progress=False, task=task, num_tasks=num_tasks)
+        assert not list(tmp_path.glob("out/.work/s-*.json"))
+        prepare(settings, progress=False, task=0, num_tasks=3)
+    made = [unit.index for unit in load_job(settings).units if worker.is_made(tmp_path / "out", unit)]
+    assert made and all(index % 3 == 0 for index in made)
+
+
+def test_every_file_is_on_disk_before_it_gets_its_name(tmp_path, units, monkeypatch):
+    """So a power cut leaves no shard, record or manifest of which only the name was written."""
+    synced = set()
+    renamed = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def state(status: os.stat_result) -> tuple:
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def fsync(file):
+        real_fsync(file)
+        synced.add(state(os.fstat(file)))
+
+    def replace(source, target):
+        assert state(os.stat(source)) in synced, f"{target} was not on disk"
+        renamed.append(Path(target).name)
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    manifest = prepare(units(tmp_path), progress=False)
+    assert manifest
+    made = {Path(shard.file).name for shard in manifest.sources[0].train + manifest.sources[0].validation}
+    assert made <= set(renamed) and {"manifest.json", "000.json", "work_list.json", "s-00000.json"} <= set(renamed)
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, units, monkeypatch):

@@ -46,14 +46,30 @@ def test_a_document_read_and_tokenized_in_parts_gives_the_same_bytes(
     assert len(parts[-1]) > 30 and max(map(len, parts[-1])) < 3_000
 
 
+def test_a_long_document_is_held_out_by_its_text_as_a_short_one_is(tokenizer_dir, tales, tmp_path, monkeypatch):
+    paths = [write_jsonl(tmp_path / "a.jsonl", tales[:20])]
+    for number, tale in enumerate(tales[20:40]):
+        paths.append(tmp_path / f"{number}.txt")
+        paths[-1].write_text(tale, encoding="utf-8")
+    found = []
+    for name in ("short", "long"):
+        made = config(tmp_path / name, tokenizer_dir, paths, num_workers=1, validation_fraction=0.4)
+        assert prepare(made, progress=False).sources[0].validation
+        found.append(digest(tmp_path / name / "out"))
+        monkeypatch.setattr(text, "LONG_FILE_BYTES", 50)
+        monkeypatch.setattr(unit_builder, "LONG_CHARACTERS", 50)
+    assert found[0] == found[1]
+
+
 def test_a_long_file_that_is_not_utf8_is_counted_as_bad(tokenizer_dir, tales, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "LONG_FILE_BYTES", 5_000)
     (tmp_path / "good.txt").write_text("\n".join(tales[:30]))
     (tmp_path / "bad.txt").write_bytes("\n".join(tales[:30]).encode() + b"\xff")
     (tmp_path / "cut.txt").write_bytes("\n".join(tales[:30]).encode() + "é".encode()[:1])
     settings = config(
-        tmp_path, tokenizer_dir, [tmp_path / f"{n}.txt" for n in ("good", "bad", "cut")], max_bad_fraction=0.9
-    )
+        tmp_path, tokenizer_dir, [tmp_path / f"{n}.txt" for n in ("good", "bad", "cut")], max_bad_fraction=0.9,
+        num_workers=1,
+    )  # fmt: skip
     assert prepare(settings, progress=False).sources[0].bad == {"not UTF-8": 2}
 
 

@@ -166,6 +166,20 @@ def test_a_changed_byte_of_a_columnar_file_stops_nothing(tmp_path, name):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_a_changed_letter_in_a_parquet_page_with_a_checksum_is_damage(tmp_path):
+    """Nothing but the checksum tells: the text is as long as before, and UTF-8."""
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["first text", "second text"]})
+    pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False,
+                                write_page_checksum=True)  # fmt: skip
+    assert read_unit([path])[0] == ["first text", "second text"]
+    content = path.read_bytes()
+    assert content.count(b"second text") == 1
+    path.write_bytes(content.replace(b"second text", b"sacond text"))
+    found, tally = read_unit([path])
+    assert not found and len(tally.damaged) == 1 and "checksum" in tally.damaged[0].lower()
+
+
 @pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "xz", "GZ", "Zst"])
 def test_several_members_are_one_file_and_other_bytes_after_them_are_damage(tmp_path, suffix):
     path = tmp_path / f"a.jsonl.{suffix}"

@@ -82,16 +82,18 @@ def test_it_continues_where_it_was_stopped_and_the_bytes_are_the_same(made, tmp_
     monkeypatch.setattr(rechunk, "rechunk_unit", stops)
     with pytest.raises(KeyboardInterrupt):
         rechunk.rechunk(old, 40, tmp_path / "out", num_workers=1, progress=False)
-    with pytest.raises(UserError, match="another, unfinished corpus"):
-        rechunk.rechunk(old, 41, tmp_path / "out", num_workers=1, progress=False)
+    for seq_len, shard_mb in ((41, 1024), (40, 1)):
+        with pytest.raises(UserError, match="another, unfinished corpus"):
+            rechunk.rechunk(old, seq_len, tmp_path / "out", num_workers=1, shard_mb=shard_mb, progress=False)
     rechunk.rechunk(old, 40, tmp_path / "out", num_workers=1, progress=False)
     assert calls[3] == calls[2] and len(set(calls)) == len(calls) - 1
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     calls.clear()
     rechunk.rechunk(old, 40, tmp_path / "out", num_workers=1, progress=False)  # finished: nothing to do
     assert not calls
-    with pytest.raises(UserError, match="holds another corpus"):
-        rechunk.rechunk(old, 41, tmp_path / "out", num_workers=1, progress=False)
+    for seq_len, shard_mb in ((41, 1024), (40, 1)):
+        with pytest.raises(UserError, match="holds another corpus"):
+            rechunk.rechunk(old, seq_len, tmp_path / "out", num_workers=1, shard_mb=shard_mb, progress=False)
 
 
 def test_what_cannot_be_rechunked_is_refused_and_nothing_is_written(made, tmp_path, caplog):

@@ -180,3 +180,38 @@ def test_etags_of_a_listing_are_kept_and_compared(bucket, monkeypatch):
     etags["b.jsonl"] = "3"
     with pytest.raises(UserError, match=r"b.jsonl was written again .*stamp 2; now .*stamp 3"):
         listing.check_unchanged(found)
+
+
+def test_the_index_of_a_remote_token_file_is_compared_with_it(bucket):
+    """The listing of a folder says nothing of it, so both are asked about."""
+    for name in ("x.bin", "x.idx"):
+        write(f"{bucket}/t/{name}", b"1234")
+    (found,) = listed(f"{bucket}/t").groups
+    assert [file.path for file in found] == ["memory:///bucket/t/x.bin"]
+    listing.check_unchanged(found)
+    write(f"{bucket}/t/x.idx", b"5678")
+    with pytest.raises(UserError, match=r"t/x.bin was written again"):
+        listing.check_unchanged(found)
+
+
+def test_a_stamp_is_the_etag_and_a_weak_one_is_no_other():
+    """A server may give the same one as weak, when it compresses. The time is taken where there is no ETag."""
+    for about in ({"ETag": '"a"'}, {"ETag": 'W/"a"'}, {"etag": "a", "mtime": 5.0}):
+        assert listing._stamp(about) == "a"
+    assert listing._stamp({"ETag": None, "LastModified": "today"}) == "today"
+    assert listing._stamp({"size": 3}) == ""
+
+
+def test_a_file_system_that_keeps_what_it_answered_is_asked_anew(bucket, monkeypatch):
+    kept: dict = {}
+    real = MemoryFileSystem.info
+    monkeypatch.setattr(MemoryFileSystem, "info", lambda self, path, **_: kept.setdefault(path, real(self, path)))
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda self, path=None: kept.clear())
+    (found,) = listed(f"{bucket}/a.jsonl.gz").groups
+    before = dict(kept)
+    write(f"{bucket}/a.jsonl.gz", b"shorter")
+    kept.update(before)
+    with pytest.raises(UserError, match=r"a.jsonl.gz was written again .* now 7 bytes"):
+        listing.check_unchanged(found)
+    kept.update(before)
+    assert [file.size for file in listed(f"{bucket}/a.jsonl.gz").groups[0]] == [7]

@@ -37,6 +37,10 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + bytes(8))
+
+
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -168,7 +172,7 @@ def test_units_of_an_unfinished_corpus_are_forgotten_and_made_again(tmp_path, to
     }
 
 
-@pytest.mark.parametrize("harm", [delete, truncate])
+@pytest.mark.parametrize("harm", [delete, truncate, lengthen])
 def test_prepare_and_merge_see_that_a_finished_corpus_is_not_whole(made, tmp_path, harm):
     config = made("concat", tmp_path)
     path = shard_paths(config)[1]
@@ -222,6 +226,22 @@ def test_inputs_that_are_gone_or_have_another_size_are_refused(made, tmp_path, h
     with pytest.raises(UserError, match=r"a/0\.jsonl (is gone|has \d+ bytes now),.*as they were"):
         repair(config, progress=False)
     assert digest(out) == before
+
+
+def test_a_file_of_the_corpus_does_not_stand_in_for_another_one(tmp_path, tokenizer_dir, tales):
+    """One that is gone is named, although another folder has a file of its name and size."""
+    for folder, texts in (("a", tales[:30]), ("b", tales[29::-1])):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        write_jsonl(tmp_path / "in" / folder / "x.jsonl", texts)
+    source = SourceConfig("s", [str(tmp_path / "in")])
+    config = PrepareConfig(
+        [source], str(tokenizer_dir), seq_len=64, output_dir=str(tmp_path / "out"), num_workers=1, engine="tokenizers"
+    )
+    prepare(config, progress=False)
+    shard_paths(config)[0].unlink()
+    (tmp_path / "in" / "a" / "x.jsonl").unlink()
+    with pytest.raises(UserError, match=r"in/a/x\.jsonl is gone, and the paths of source s name no other file"):
+        repair(config, progress=False)
 
 
 def test_inputs_with_other_times_or_in_another_folder_will_do(made, tmp_path):
@@ -404,6 +424,19 @@ def test_a_manifest_that_kept_no_list_of_its_inputs_is_told_apart(made, tmp_path
     shard_paths(config)[0].unlink()
     with pytest.raises(UserError, match="kept no list of its inputs"):
         repair(config, progress=False)
+
+
+def test_a_manifest_that_contradicts_itself_is_no_measure_of_shards(made, tmp_path):
+    config = made("concat", tmp_path)
+    out = Path(config.output_dir)
+    manifest = shards.Manifest.load(out)
+    manifest.sources[0].tokens += 1
+    manifest.save(out)
+    shard_paths(config)[0].unlink()
+    before = digest(out)
+    with pytest.raises(UserError, match=r"manifest\.json itself is wrong; restore it"):
+        repair(config, progress=False)
+    assert digest(out) == before
 
 
 def test_two_processes_do_not_repair_at_once(made, tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.files import sha256_of
 from data_prep import reading, shard_index, shards, verify
 from data_prep.__main__ import main
 from data_prep.packing import PackedRows
@@ -276,6 +278,109 @@ def test_verify_names_the_row_of_each_fault(tmp_path):
     good = [(*row[:2], False) for row in good]
     assert problems(3, ids, [4, 3], False) == ""
     assert "row 3: a document of no tokens" in problems(3, ids, [], False)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ("rows", "20 rows, the manifest says 19"),
+        ("documents", "pieces of documents, the manifest says 1"),
+        ("tokenizer", "its schema differs from the manifest's seq_len, dtype or tokenizer"),
+        ("bytes behind the rows", "no end marker where its rows end"),
+    ],
+)
+def test_a_shard_of_right_size_and_hash_is_compared_with_the_manifest(tmp_path, other, expected):
+    manifest = write_corpus(tmp_path, [made_rows(20, 8, 0)])
+    shard = manifest.sources[0].train[0]
+    path = tmp_path / shard.file
+    assert verify.check(tmp_path, contents=True) == []
+    if other == "rows":
+        shard.rows = 19
+        with pytest.raises(UserError, match="20 rows of 8 tokens, the manifest says 19 rows"):
+            shards.ShardedRows(tmp_path, [shard]).row(0)
+    elif other == "documents":
+        shard.documents = 1
+    elif other == "tokenizer":
+        manifest.tokenizer["fingerprint"] = "e" * 64
+    else:
+        index = shard_index.stored_index(np.fromfile(path, dtype=np.uint8))
+        assert index is not None
+        content = path.read_bytes()
+        path.write_bytes(content[: -index.size] + bytes(8) + content[-index.size :])
+        shard.bytes, shard.sha256 = path.stat().st_size, sha256_of(path)
+    manifest.save(tmp_path)
+    (problem,) = verify.check(tmp_path, contents=True)
+    assert expected in problem and shard.file in problem
+
+
+def test_two_processes_that_write_one_shard_do_not_write_into_one_file(tmp_path, monkeypatch):
+    """One that was believed dead may still write; whoever ends last has a whole shard."""
+    rows = [made_rows(20, 8, seed) for seed in range(2)]
+    writers = []
+    for process in range(2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: 10**6 + process)
+        writers.append(ShardWriter(tmp_path, "s/train-00000-000.arrow", shards.schema(8, "uint16", FINGERPRINT)))
+    monkeypatch.undo()
+    for writer, own in zip(writers, rows):
+        writer.append(packed(own))
+    for writer, own in zip(writers, rows):
+        shard = writer.close()
+        assert shard.sha256 == sha256_of(tmp_path / shard.file)
+        read = shards.ShardedRows(tmp_path, [shard])
+        assert [read.row(i)[0].tolist() for i in range(20)] == [ids for ids, *_ in own]
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["train-00000-000.arrow"]
+
+
+def test_a_shard_whose_rows_have_another_length_is_not_read_as_one_of_the_others(tmp_path):
+    """Each is whole, and what the manifest says of it; together they are no source."""
+    (first,) = write_corpus(tmp_path / "a", [made_rows(20, 8, 0)]).sources[0].train
+    (other,) = write_corpus(tmp_path / "b", [made_rows(10, 16, 1)]).sources[0].train
+    first.file, other.file = f"a/{first.file}", f"b/{other.file}"
+    read = shards.ShardedRows(tmp_path, [first, other])
+    assert len(read.row(19)[0]) == 8
+    with pytest.raises(UserError, match=f"{other.file} is not a complete shard .its rows are laid out otherwise"):
+        read.row(20)
+
+
+def test_the_fingerprint_is_that_of_all_that_a_run_reads(tmp_path):
+    """Of the shards for training and the held-out ones, their order and the weights."""
+
+    def changed(change: Callable[[shards.SourceEntry], object]) -> str:
+        manifest = write_corpus(tmp_path, [made_rows(9, 8, n) for n in range(4)])
+        entry = manifest.sources[0]
+        entry.train, entry.validation = entry.train[:2], entry.train[2:]
+        change(entry)
+        return manifest.fingerprint
+
+    found = [
+        changed(lambda entry: None),
+        changed(lambda entry: entry.train.reverse()),
+        changed(lambda entry: entry.validation.reverse()),
+        changed(lambda entry: entry.validation.pop()),
+        changed(lambda entry: entry.train.pop()),
+        changed(lambda entry: setattr(entry, "weight", 2.0)),
+    ]
+    assert len(set(found)) == len(found)
+    assert found[0] == changed(lambda entry: setattr(entry, "documents", 9))
+
+
+def test_only_the_last_shard_of_a_units_held_out_rows_may_end_in_padding(tmp_path):
+    """Verify tells from the names which shards one unit made."""
+    rows = made_rows(20, 8, 0)
+    rows[-1] = (rows[-1][0], [4, 3], False)
+    for second, expected in (("00000-001", [0]), ("00001-000", [])):
+        manifest = write_corpus(tmp_path, [rows, made_rows(20, 8, 1)])
+        entry = manifest.sources[0]
+        for shard, number in zip(entry.train, ("00000-000", second)):
+            renamed = f"s/validation-{number}.arrow"
+            (tmp_path / shard.file).rename(tmp_path / renamed)
+            shard.file = renamed
+        entry.train, entry.validation = [], entry.train
+        entry.padding, entry.tokens = 1, entry.tokens - 1
+        manifest.save(tmp_path)
+        problems = verify.check(tmp_path, contents=True)
+        assert [f"validation-00000-00{i}.arrow: row 19: document lengths sum to less" in line
+                for i, line in zip(expected, problems, strict=True)] == [True] * len(expected)  # fmt: skip
 
 
 def test_verify_compares_what_the_manifest_counts(tmp_path):

@@ -74,6 +74,23 @@ def test_imported_ids_give_the_shards_of_their_texts(tmp_path, tokenizer_dir, to
     check_same(tmp_path, name, tokenizer_dir, texts, given, validation_fraction=0.2, **more)
 
 
+@pytest.mark.parametrize("boundaries", ["record", "eos"])
+def test_a_separator_at_the_end_is_no_part_of_the_document(tmp_path, tokenizer_dir, tokenizer, tales, boundaries):
+    """Like an EOS there: it is put on again, once. It ends the documents of a stream, too."""
+    more = {"separator": tokenizer.bos_token, "validation_fraction": 0.2, "packing": "best_fit"}
+    ids = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.bos_token_id] for text in tales[:30]]
+    if boundaries == "eos":
+        stream = [i for row in ids for i in row]
+        ids = [stream[start : start + 100] for start in range(0, len(stream), 100)]
+    path = write_columns(tmp_path / "ids", ids)
+    made = import_of(tmp_path / "import", tokenizer_dir, path, "parquet", **more)
+    made.sources[0].boundaries = boundaries
+    prepare(made, progress=False)
+    texts = write_jsonl(tmp_path / "a.jsonl", tales[:30])
+    prepare(config(tmp_path / "texts", tokenizer_dir, [texts], **more), progress=False)
+    assert shard_bytes(tmp_path / "import" / "out") == shard_bytes(tmp_path / "texts" / "out")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="the real tokenizers are not in ../shared")
 @pytest.mark.parametrize("vocabulary", ["gpt2", "llama2"])
@@ -165,6 +182,14 @@ def test_a_file_without_its_index_or_with_a_broken_one_is_an_error(tmp_path, tok
         prepare(import_of(tmp_path / "none", tokenizer_dir, data, name), progress=False)
 
 
+def test_texts_and_ids_in_one_folder_are_an_error(tmp_path, tokenizer_dir, tales):
+    folder = write_megatron(tmp_path / "ids", [[5, 6, 7] * 100]).parent
+    write_jsonl(folder / "a.jsonl", tales[:9])
+    with pytest.raises(UserError, match="source s has texts and token files in one folder; make two sources of them"):
+        prepare(config(tmp_path, tokenizer_dir, [folder], num_workers=1), progress=False)
+    assert not list(tmp_path.glob("out/.work/s-*.json")) and not list(tmp_path.glob("out/s/*"))
+
+
 @pytest.mark.parametrize("name", ["megatron", "datatrove", "mds"])
 def test_a_file_that_is_cut_off_is_damaged(tmp_path, tokenizer_dir, name):
     """What could be read is kept, where that is allowed."""
@@ -238,3 +263,13 @@ def test_filters_on_records_without_columns_are_refused_before_anything_is_read(
     with pytest.raises(UserError, match=rf"source s: {next(iter(wanted))} needs .*{message}"):
         prepare(made, progress=False)
     assert not list(tmp_path.glob("out/**/*.arrow"))
+
+
+def test_tokens_that_were_added_to_the_vocabulary_are_decoded_too(tokenizer_dir):
+    tokenizer = tokenizing.load_tokenizer(str(tokenizer_dir))
+    before = len(tokenizer)
+    tokenizer.add_tokens(["<|new|>", "naïve words"])
+    text = "a <|new|> of naïve words, 本"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert max(ids) == before + 1
+    assert text_decoder(tokenizing.spec_of(tokenizer))(ids) == text

@@ -51,6 +51,22 @@ def test_bytes_without_a_token_are_dropped_as_the_reference_drops_them(lacking, 
     assert rows(engine.encode(["the", text, ""])) == rows(reference.encode(["the", text, ""]))
 
 
+@pytest.mark.parametrize("engine", ["tokenizers", "gigatoken"])
+def test_a_tokenizer_that_was_saved_with_truncation_and_padding_gives_all_ids_and_no_others(
+    tokenizer_dir, tokenizer, engine
+):
+    """As one that was saved after a training with max_length: otherwise every document would end there."""
+    if engine == "gigatoken":
+        pytest.importorskip("gigatoken", reason="gigatoken-cachefix is not installed")
+    saved = tokenizing.load_tokenizer(str(tokenizer_dir))
+    saved.backend_tokenizer.enable_truncation(5)
+    saved.backend_tokenizer.enable_padding(length=9)
+    texts = ["the", "a longer text of some more words " * 3]
+    spec = tokenizing.spec_of(saved)
+    encoder = engines.Gigatoken(spec) if engine == "gigatoken" else tokenizing.Reference(spec)
+    assert rows(encoder.encode(texts)) == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="the real GPT-2 and LLaMA-2 tokenizers are not in ../shared")
 @pytest.mark.parametrize("name", ["gpt2", "llama2"])
@@ -66,6 +82,23 @@ def test_the_selected_engine_gives_the_ids_of_the_real_tokenizers(name, tales):
         assert engine.name == "tokenizers" and "not installed" in why
     else:
         assert engine.name == "gigatoken"
+
+
+@pytest.mark.parametrize("mode", ["text", "special"])
+def test_a_tokenizer_that_has_no_fast_form_gives_its_own_ids(tmp_path, mode):
+    """Special tokens in a text are what was asked for, as with a fast one."""
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    tokenizer = tokenizing.load_tokenizer(str(tmp_path))
+    assert not tokenizer.is_fast
+    texts = ["naïve 本", "", "one </s> two"]
+    spec = tokenizing.spec_of(tokenizer, str(tmp_path), special_in_text=mode)
+    engine, _ = engines.select_engine(spec, "auto", texts)
+    found = rows(engine.encode(texts))
+    split = mode == "text"
+    assert found == [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split) for text in texts]
+    assert (tokenizer.eos_token_id in found[2]) != split
 
 
 def test_an_engine_with_other_ids_is_not_selected(tokenizer, monkeypatch):
@@ -86,6 +119,24 @@ def test_an_engine_with_other_ids_is_not_selected(tokenizer, monkeypatch):
     assert engine.name == "tokenizers" and "gigatoken is not used: its ids differ" in why
     with pytest.raises(UserError, match=r"engine is gigatoken, but its ids differ from those of tokenizers on"):
         engines.select_engine(spec, "gigatoken", [])
+
+
+def test_an_engine_that_is_wrong_on_this_corpus_alone_is_not_selected(tokenizer, monkeypatch):
+    class Wrong(tokenizing.Reference):
+        name, version = "gigatoken", "0"
+
+        def __init__(self, spec, parallel):
+            super().__init__(spec)
+            self.reference = tokenizing.Reference(spec)
+
+        def encode(self, texts):
+            return super().encode([text.replace("quartz", "Quartz") for text in texts])
+
+    monkeypatch.setattr(engines, "Gigatoken", Wrong)
+    spec = tokenizing.spec_of(tokenizer)
+    assert engines.select_engine(spec, "auto", ["plain text"])[0].name == "gigatoken"
+    engine, why = engines.select_engine(spec, "auto", ["plain text", "of quartz"])
+    assert engine.name == "tokenizers" and "its ids differ from those of tokenizers on 'of quartz'" in why
 
 
 def test_the_fingerprint_changes_exactly_with_what_decides_ids(tokenizer_dir):

@@ -25,7 +25,7 @@ from common.errors import UserError
 from data_prep import job, shards, work_list
 from data_prep.config import SourceConfig
 from data_prep.estimate import estimate
-from data_prep.inputs.listing import InputFile
+from data_prep.inputs.listing import InputFile, Listing
 from data_prep.prepare import prepare
 
 
@@ -93,6 +93,15 @@ def test_the_work_list_depends_on_the_files_names_and_sizes_and_not_on_their_fol
     assert here != [work_list.unit_key(unit) for unit in units_of(tmp_path / "there", unit_bytes=200)]
 
 
+def test_the_work_list_depends_on_the_size_of_each_file_of_a_unit():
+    def corpus_hash(*sizes: int) -> str:
+        inputs = tuple(InputFile(f"x/{number}.jsonl", size, "") for number, size in enumerate(sizes))
+        unit = work_list.Unit("s", 0, inputs, 0, -1, sum(sizes))
+        return work_list.WorkList({}, [work_list.SourceList("s", ["x"], {}, {}, [unit])]).corpus_hash()
+
+    assert corpus_hash(10, 20) == corpus_hash(10, 20) != corpus_hash(20, 10)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a b.jsonl", "四.jsonl", os.fsdecode(b"\xff.jsonl")])
 def test_a_saved_list_is_the_list(tmp_path, name):
     (tmp_path / name).write_bytes(b'{"text": "a"}\n' * 100)
@@ -125,6 +134,18 @@ def test_parts_are_joined_and_what_they_have_is_not_listed_again(tmp_path, token
 
 def files(*pairs: tuple[str, str]) -> list[InputFile]:
     return [InputFile(path, 1, stamp) for path, stamp in pairs]
+
+
+def test_of_files_that_look_the_same_as_many_are_new_as_there_are_more():
+    """Files with one ETag and one name, such as empty ones in many folders: each counts."""
+    listing = Listing([files(("x/a", "1"), ("y/a", "1")), files(("z/a", "1"), ("z/b", "1"))], {})
+    for known, left in (
+        ("o/a", ["y/a", "z/a", "z/b"]),
+        ("z/b", ["x/a", "y/a", "z/a"]),
+        ("o/c", ["x/a", "y/a", "z/a", "z/b"]),
+    ):
+        found = work_list.without(listing, files((known, "1")))
+        assert [file.path for group in found.groups for file in group] == left
 
 
 def test_the_first_change_is_the_one_that_matters_most():
@@ -203,8 +224,9 @@ def test_threads_that_start_together_make_one_list_and_say_that_they_wait(
 
 @pytest.mark.parametrize(
     "change",
-    [{"packing": "best_fit"}, {"separator": "<bos>"}, {"special_tokens_in_text": "special"}, {"max_document_mb": 1},
-     {"unit_mb": 1}, {"shard_mb": 5}],
+    [{"seq_len": 32}, {"packing": "best_fit"}, {"add_bos": True}, {"add_eos": False}, {"separator": "<bos>"},
+     {"special_tokens_in_text": "special"}, {"max_document_mb": 1}, {"validation_fraction": 0.5},
+     {"deduplicate": "exact"}, {"unit_mb": 1}, {"shard_mb": 5}],
 )  # fmt: skip
 def test_an_unfinished_corpus_names_the_setting_that_is_another(tmp_path, tokenizer_dir, tales, change):
     paths = [write_jsonl(tmp_path / "a.jsonl", tales[:50])]
@@ -289,8 +311,8 @@ def test_a_finished_corpus_keeps_its_list_and_what_was_left_out(finished, tmp_pa
     assert prepare(finished, progress=False).corpus_hash == manifest.corpus_hash
     assert digest(tmp_path / "out") == before
     finished.sources[0].weight, finished.sources[0].max_epochs = 3.0, 2.0
-    entry = prepare(finished, progress=False).sources[0]
-    assert (entry.weight, entry.max_epochs) == (3.0, 2.0)
+    for manifest in (prepare(finished, progress=False), shards.Manifest.load(tmp_path / "out")):
+        assert (manifest.sources[0].weight, manifest.sources[0].max_epochs) == (3.0, 2.0)
 
 
 def test_a_finished_corpus_names_the_file_that_is_another(finished, tmp_path, tales):
@@ -319,6 +341,18 @@ def test_a_finished_corpus_names_the_file_that_is_another(finished, tmp_path, ta
     assert job.change(job.load_job(finished), adding=True) == "add_bos was False and is True"
     with pytest.raises(UserError, match=r"\(add_bos was False and is True\)"):
         prepare(finished, progress=False)
+
+
+def test_a_corpus_of_more_sources_is_another_one(finished, tmp_path, tales):
+    one = list(finished.sources)
+    finished.sources.append(SourceConfig("t", [str(write_jsonl(tmp_path / "t.jsonl", tales[:40]))]))
+    finished.output_dir = str(tmp_path / "two")
+    prepare(finished, progress=False)
+    before = digest(tmp_path / "two")
+    finished.sources = one
+    with pytest.raises(UserError, match=r"\(source t is not there any more\)"):
+        prepare(finished, progress=False)
+    assert digest(tmp_path / "two") == before
 
 
 def test_a_corpus_of_an_earlier_version_is_finished_where_its_manifest_agrees(finished, tmp_path, caplog):

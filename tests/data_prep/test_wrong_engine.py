@@ -105,3 +105,12 @@ def test_a_merge_that_is_killed_while_it_makes_units_again_is_done_again(job, ex
     assert not (work.directory / "manifest.json").exists()
     merge(settings, progress=False)
     assert digest(work.directory) == expected
+
+
+def test_long_documents_are_compared_too(job, expected, tmp_path, monkeypatch):
+    """Which are tokenized in parts, by themselves."""
+    settings = job("long", compared="no document")
+    monkeypatch.setattr(unit_builder, "CHECK_ONE_IN", 1)
+    monkeypatch.setattr(unit_builder, "LONG_CHARACTERS", 1)
+    prepare(settings, progress=False)
+    assert digest(tmp_path / "long" / "out") == expected

@@ -104,6 +104,12 @@ def test_corpora_whose_rows_mean_different_things_are_refused(two, tmp_path, set
     assert str(error.value).startswith(two[0]) and other in str(error.value)
 
 
+def test_corpora_whose_documents_end_otherwise_are_refused(tmp_path):
+    folders = [made_up(tmp_path / str(id_), {f"s{id_}": 9}, separator=id_) for id_ in (0, 5)]
+    with pytest.raises(UserError, match="separator: 0 and 5; prepare one of them again"):
+        load_corpora(folders)
+
+
 def test_a_tokenizer_may_have_another_name_and_engine_and_the_larger_size_counts(two, tmp_path):
     other = made_up(tmp_path / "other", {"x": 9}, name="u", engine="gigatoken", vocab_size=390)
     corpora = load_corpora([*two, other])

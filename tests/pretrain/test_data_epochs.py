@@ -171,6 +171,12 @@ def test_the_run_goes_before_the_manifest(tmp_path):
     assert both.rows == 120 and both.consumed(120) == {"web": 100, "code": 20}
 
 
+@pytest.mark.parametrize(("epochs", "rows"), [(0.29, 29), (1.15, 115), (2.3, 230), (0.299, 29)])
+def test_a_limit_is_the_decimal_that_was_written(tmp_path, epochs, rows):
+    """0.29 * 100 is 28.999999999999996 where numbers are binary."""
+    assert TrainData(made_up(tmp_path / "c", {"web": 100}), 0, max_epochs={"web": epochs}).rows == rows
+
+
 @pytest.mark.parametrize(
     ("max_epochs", "message"),
     [
@@ -201,6 +207,8 @@ def test_a_run_that_takes_more_rows_than_there_are_is_refused_before_it_trains(t
     assert twice.rows == 340
     ended = load_config(RunConfig, None, [*settings, f"train.tokens={21 * 8 * 32}"])
     assert TrainData.of_run(ended, 1).rows == 170
+    all_of_them = load_config(RunConfig, None, [*settings, "train.global_batch_size=10", "train.steps=17"])
+    assert TrainData.of_run(all_of_them, 1).rows == 170
     few = load_config(RunConfig, None, [*settings, "train.global_batch_size=200"])
     with pytest.raises(UserError, match=r"leaves 170 \(.*\); raise data.max_epochs$"):
         TrainData.of_run(few, 1)
