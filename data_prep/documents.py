@@ -8,7 +8,7 @@ used is counted by reason.
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,16 +72,15 @@ def of_unit(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, tally: 
 
 
 def has_ids(unit: Unit, config: PrepareConfig) -> bool:
-    """Whether the unit's files hold token ids, and not texts. Raises UserError for a source of both sorts."""
+    """Whether the unit's files hold token ids, and not texts."""
     source = next(source for source in config.sources if source.name == unit.source)
-    sorts = {is_tokenized(source, file.path) for file in unit.files}
-    if len(sorts) > 1:
+    return any(is_tokenized(source, file.path) for file in unit.files)
+
+
+def check_files(source: SourceConfig, paths: Sequence[str]) -> None:
+    """Raise UserError for texts beside token files, and for filters on records without columns: none would pass."""
+    if len({is_tokenized(source, path) for path in paths}) > 1:
         raise UserError(f"source {source.name} has texts and token files in one folder; make two sources of them")
-    return sorts == {True}
-
-
-def check_filters(source: SourceConfig, paths: Iterable[str]) -> None:
-    """Raise UserError for filters on records that have no columns: none would ever pass."""
     if not (source.filters or source.filter):
         return
     setting = "filters" if source.filters else "filter"

@@ -124,7 +124,7 @@ def make_work_list(config: PrepareConfig, tokenizer: TokenizerSpec, before: Work
     sources = []
     for source in config.sources:
         listing = list_files(source)
-        documents.check_filters(source, (file.path for file in chain(*listing.groups)))
+        documents.check_files(source, [file.path for file in chain(*listing.groups)])
         first = 0
         if source.name in known:
             listing = work_list.without(listing, known[source.name].files())

@@ -7,6 +7,7 @@ In: documents. Out: shard files, whose entries `SplitWriter.finish` returns (wri
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 from re import Pattern
 from typing import Any
@@ -88,6 +89,7 @@ class UnitBuilder:
     ):
         self.max_tokens = max_tokens
         self.is_full = False
+        self.taken = 0  # documents before the one that did not fit
         self.engine = engine
         self.source = unit.source
         self.tokenizer = tokenizer
@@ -108,32 +110,36 @@ class UnitBuilder:
         self.counts: Counter = Counter()
 
     def add_batch(self, texts: list[str]) -> None:
-        for text in texts:
-            self._note_special(self.special.in_text(text), text)
         ids, lengths = self._encode(texts)
         hashes = np.array([hash_of(text) for text in texts], dtype=np.uint64)
         if self.must_check:
             self._check(texts, ids, lengths, hashes)
-        texts = texts[: self._pack(ids, lengths, hashes)]
+        texts = list(compress(texts, self._pack(ids, lengths, hashes)))
+        for text in texts:
+            self._note_special(self.special.in_text(text), text)
         self._count(len(texts), sum(map(len, texts)), sum(map(_utf8_size, texts)))
 
     def add_tokens(self, documents: list[TokenizedText]) -> None:
         """Add documents whose ids are known. Special tokens in them stay what they are, and are counted."""
-        for document in documents:
-            self.special_tokens.update(self.special.in_text(document.text))
         ids = np.concatenate([document.ids for document in documents])
         lengths = np.array([len(document.ids) for document in documents], dtype=np.int64)
-        count = self._pack(ids, lengths, np.array([hash_of(document) for document in documents], dtype=np.uint64))
-        texts = [document.text for document in documents[:count]]
+        hashes = np.array([hash_of(document) for document in documents], dtype=np.uint64)
+        texts = [document.text for document in compress(documents, self._pack(ids, lengths, hashes))]
+        for text in texts:
+            self.special_tokens.update(self.special.in_text(text))
         self._count(len(texts), sum(map(len, texts)), sum(map(_utf8_size, texts)))
 
-    def _pack(self, ids: np.ndarray, lengths: np.ndarray, hashes: np.ndarray) -> int:
-        """Add documents, their ids end to end, to the rows of their splits; returns how many max_tokens leaves in."""
+    def _pack(self, ids: np.ndarray, lengths: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+        """Add documents, their ids end to end, to the rows of their splits.
+
+        Returns (documents,) bool: those that have tokens. Without those that max_tokens leaves out at the end.
+        """
         ids, lengths = _add_bos_and_eos(ids, lengths, self.bos, self.eos)
         if self.max_tokens:
             count = self._that_fit(lengths)
             hashes, lengths = hashes[:count], lengths[:count]
             ids = ids[: lengths.sum()]
+        self.taken += len(lengths)
         self.counts["no tokens"] += int((lengths == 0).sum())
         if self.validation_fraction:
             held_out = hashes < self.validation_fraction * 2**64
@@ -144,7 +150,7 @@ class UnitBuilder:
         if held_out.any():
             self.splits["validation"].add(ids[in_validation], lengths[held_out & (lengths > 0)])
         self.counts["tokens"] += len(ids)
-        return len(lengths)
+        return lengths > 0
 
     def add_long(self, document: Document) -> None:
         """Add one text in parts, so that neither its text nor its ids are in memory as a whole."""
@@ -158,13 +164,16 @@ class UnitBuilder:
 
         if cutting.has_longer_part(blocks(), _cut_pattern(self.tokenizer), self.longest_part):
             self.counts[NO_CUT] += 1
+            self.taken += 1
             return
         if self.max_tokens and not self._that_fit(np.array([sum(map(len, parts()))])):
             return
-        found = set().union(*map(self.special.in_text, blocks()))
-        self._note_special(found, "a long document")
+        self.taken += 1
         tokens = split.add_long(parts())
-        self.counts["no tokens"] += tokens == 0
+        if not tokens:
+            self.counts["no tokens"] += 1
+            return
+        self._note_special(set().union(*map(self.special.in_text, blocks())), "a long document")
         self.counts["tokens"] += tokens
         size = document.utf8_bytes if isinstance(document, LongText) else _utf8_size(text_of(document))
         self._count(1, len(document), size)

@@ -6,6 +6,8 @@ unit's lock. Its files in DIR/.work are SOURCE-INDEX.json (the record), SOURCE-I
 """
 
 import json
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from common.files import write_atomically
 from . import deduplication, documents, engines, shards, tokenizing
 from .config import PrepareConfig
 from .engines import Engine
-from .inputs.document import Tally, TokenizedText
+from .inputs.document import Document, Tally, TokenizedText
 from .inputs.listing import check_unchanged
 from .locks import unit_lock
 from .pool import end_if_orphan
@@ -110,6 +112,9 @@ def _make_shards(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, en
     found = documents.of_unit(unit, config, tokenizer, tally)
     if config.deduplicate == "exact":
         found = deduplication.drop_duplicates(found, directory, unit, tally)
+    marks: list[Tally] = []
+    if max_tokens:
+        found = _marked(found, tally, marks)
     counts = builder.counts
     try:
         for batch in batches(found):
@@ -119,9 +124,10 @@ def _make_shards(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, en
                 builder.add_tokens(batch)
             else:
                 builder.add_batch(batch)
-            _check_damaged(unit, tally, config)
             if builder.is_full:
+                tally = marks[builder.taken]
                 break
+            _check_damaged(unit, tally, config)
         _check_damaged(unit, tally, config)
         check_unchanged(unit.files)  # while they were read, too
         written = {name: [asdict(shard) for shard in split.finish()] for name, split in builder.splits.items()}
@@ -147,6 +153,15 @@ def _make_shards(unit: Unit, config: PrepareConfig, tokenizer: TokenizerSpec, en
         "cut": builder.is_full,
         **written,
     }
+
+
+def _marked(found: Iterator[Document], tally: Tally, marks: list[Tally]) -> Iterator[Document]:
+    """The documents; `marks` gets the tally as it stands at each, as they are read ahead of a limit."""
+    now: tuple = ()
+    for document in found:
+        before, now = now, (tally.bad.total(), tally.filtered.total(), len(tally.damaged))
+        marks.append(marks[-1] if before == now else deepcopy(tally))
+        yield document
 
 
 def remove_shards(directory: Path, unit: Unit) -> None:

@@ -102,7 +102,7 @@ class ShardWriter:
 
 def remove_unfinished(directory: Path) -> None:
     """Remove the temporary files of processes that were killed, once nothing is written into the corpus any more."""
-    for pattern in ("*/*.arrow.*.tmp", "manifest.json.*.tmp"):
+    for pattern in ("*/*.arrow.*.tmp", "manifest.json.*.tmp", "inputs/*.json.*.tmp"):
         for unfinished in directory.glob(pattern):
             unfinished.unlink(missing_ok=True)
 

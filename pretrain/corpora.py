@@ -21,7 +21,7 @@ from common.errors import UserError
 from data_prep.shards import Manifest, SourceEntry
 
 # What may differ in the manifests' tokenizers: of the sizes the largest counts, the others do not change what ids mean.
-MAY_DIFFER = ("vocab_size", "name", "engine")
+MAY_DIFFER = ("vocab_size", "name", "revision", "engine")
 
 
 @dataclass

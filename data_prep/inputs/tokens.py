@@ -241,6 +241,9 @@ def split_at(records: Found, ends: frozenset[int]) -> Found:
     held: list[np.ndarray] = []
     for ids, record in records:
         if not isinstance(ids, np.ndarray):
+            if held:
+                yield np.concatenate(held), {}
+                held = []
             yield ids, record
             continue
         start = 0

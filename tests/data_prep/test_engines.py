@@ -200,6 +200,7 @@ def test_documents_without_a_token_are_counted_and_give_none(tmp_path, tokenizer
                   packing="best_fit")  # fmt: skip
     manifest = prepare(made, progress=False)
     assert manifest and manifest.sources[0].filtered == {"no tokens": 2}
+    assert manifest.sources[0].documents == len(texts) - 2  # each is counted once
     rows_ = shards.ShardedRows(tmp_path / "out", manifest.sources[0].train)
     ids = np.concatenate([rows_.row(i)[0][: rows_.row(i)[1].sum()] for i in range(len(rows_))])
     assert [(ids == special).sum() for special in (0, 1)] == [2, 2]  # EOS and BOS, around two documents

@@ -152,10 +152,12 @@ def test_what_a_killed_process_left_of_a_unit_is_removed_before_it_is_made_again
         pass
     worker.process_unit(job.units[0], settings, job.tokenizer, "tokenizers", True)
     assert not any(path.exists() for path in left) and other.exists()
-    half_a_manifest = job.directory / "manifest.json.host-1.tmp"
-    half_a_manifest.touch()
+    halves = [job.directory / name for name in ("manifest.json.host-1.tmp", "inputs/000.json.host-1.tmp")]
+    (job.directory / "inputs").mkdir()
+    for half in halves:
+        half.touch()
     prepare(settings, progress=False)
-    assert not half_a_manifest.exists()
+    assert not any(half.exists() for half in halves)
     named = [shard.file for source in shards.Manifest.load(job.directory).sources
              for shard in source.train + source.validation]  # fmt: skip
     assert sorted(f"s/{path.name}" for path in folder.iterdir()) == sorted(named)

@@ -1,5 +1,6 @@
 """A source that ends at max_tokens: which documents it has, and that the bytes follow from the settings alone."""
 
+import json
 from collections import Counter
 from itertools import accumulate, permutations
 
@@ -168,3 +169,23 @@ def test_a_document_beyond_the_limit_does_not_drop_another_sources(job, totals, 
     (out / limited.train[0].file).unlink()
     repair(settings, progress=False)
     assert digest(out) == before
+
+
+@pytest.mark.parametrize("characters", [400, 1 << 20], ids=["small batches", "one batch"])
+def test_nothing_beyond_the_limit_is_looked_at_or_counted(
+    tmp_path, tokenizer_dir, tokenizer, tales, monkeypatch, characters
+):
+    """However far documents are read ahead: unusable lines, special tokens, damage. What lies before is counted."""
+    monkeypatch.setattr(unit_builder, "BATCH_CHARACTERS", characters)
+    texts = [text[:120] for text in tales[:6]]
+    lines = [json.dumps({"text": text}) for text in texts]
+    lines[1:1] = ['{"text": 7}', '{"text": ""}']
+    lines += ['{"text": 8}', '{"text": ""}', json.dumps({"text": "a </s> b <|endoftext|>"})] * 5
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    settings = config(tmp_path / "c", tokenizer_dir, [path], num_workers=1, seq_len=8, max_bad_fraction=0.3,
+                      special_tokens_in_text="error")  # fmt: skip
+    settings.sources[0].max_tokens = sum(len(tokenizer.encode(t, add_special_tokens=False)) + 1 for t in texts[:4]) + 1
+    source = prepare(settings, progress=False).sources[0]
+    assert source.documents == 4
+    assert (source.bad, source.filtered, source.special_tokens) == ({"text is not a string": 1}, {"empty": 1}, {})

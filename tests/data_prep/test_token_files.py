@@ -273,3 +273,11 @@ def test_tokens_that_were_added_to_the_vocabulary_are_decoded_too(tokenizer_dir)
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert max(ids) == before + 1
     assert text_decoder(tokenizing.spec_of(tokenizer))(ids) == text
+
+
+def test_what_is_no_record_stands_between_two_documents():
+    """Not within one: what is held before it ends there."""
+    rows = [np.array([1, 2, 3]), None, np.array([4, 5, 0, 6]), "x", None]
+    found = [ids.tolist() if isinstance(ids, np.ndarray) else ids
+             for ids, _ in tokens.split_at(((ids, {}) for ids in rows), frozenset({0}))]  # fmt: skip
+    assert found == [[1, 2, 3], None, [4, 5, 0], [6], "x", None]
